@@ -17,5 +17,6 @@ Begin with `routes`, which has the paths of the API listener and the handlers. I
 them: `listener` (connections and heads), `middleware` (validation, errors), `cors`, `routes`, `body` (reads what the
 client sends), `response` (writes what the client gets). `self_service` and `health` are the remaining paths of that
 listener, and `admin` is the other listener. `live` connects what happens in calls with those who watch: `events` has
-their streams, and `exchange` what happens in other processes.
+their streams, and `exchange` what happens in other processes. `gauges` measures for the metrics what nothing else
+counts.
 """

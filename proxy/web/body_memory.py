@@ -86,7 +86,8 @@ class BodyMemory:
             user, size, turn = waiter
             if self.bytes_held + size > self._bytes_max:
                 return
-            if self.has_room(user, size):
+            # One that is cancelled removes itself when its task runs next: its time is over, or its client has left.
+            if not turn.done() and self.has_room(user, size):
                 self._waiting.remove(waiter)
                 self._take(user, size)
                 turn.set_result(None)

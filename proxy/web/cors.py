@@ -15,17 +15,12 @@ from aiohttp import hdrs, web
 
 from proxy.web.middleware import Handler
 
-_ALLOWED_METHODS = "GET, POST, OPTIONS"
-# Each is listed, because `*` does not include `authorization` (Fetch Standard, "CORS protocol").
-_ALLOWED_HEADERS = (
-    "authorization content-type api-key x-api-key openai-organization openai-project openai-beta anthropic-version "
-    "anthropic-beta anthropic-dangerous-direct-browser-access idempotency-key http-referer x-title x-quota-max-wait "
-    "x-quota-tag"
-).split()
-# OpenAI's and Anthropic's SDKs send a dozen headers with this prefix, and new releases add more. So those that the
-# browser asks for are echoed.
-_ECHOED = re.compile(r"x-stainless-[a-z0-9-]{1,60}")
-_ECHOED_MAX = 40
+_ALLOWED_METHODS = "GET, POST, DELETE, OPTIONS"
+# The headers that the browser asks for are echoed one by one, because `*` does not include `authorization` (Fetch
+# Standard, "CORS protocol"). Any name of a header (RFC 9110 §5.6.2) may be among them: SDKs send a dozen of their
+# own, each release adds more, and the proxy ignores those that it does not know.
+_HEADER_NAME = re.compile(r"[a-z0-9!#$%&'+.^_`|~-]{1,80}")
+_ECHOED_MAX = 100
 # A script can read no other headers. Without `retry-after` and `x-should-retry` in this list, an SDK in a browser
 # would retry a call that is refused until the end of the month.
 _EXPOSED_HEADERS = (
@@ -53,12 +48,10 @@ class Cors:
         if not is_preflight or self._allowed(request) is None:
             return await handler(request)
         requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
-        echoed = [name for name in map(str.strip, requested) if _ECHOED.fullmatch(name)]
-        headers = {
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: _ALLOWED_METHODS,
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join([*_ALLOWED_HEADERS, *echoed[:_ECHOED_MAX]]),
-            hdrs.ACCESS_CONTROL_MAX_AGE: _MAX_AGE_S,
-        }
+        echoed = [name for name in map(str.strip, requested) if _HEADER_NAME.fullmatch(name)]
+        headers = {hdrs.ACCESS_CONTROL_ALLOW_METHODS: _ALLOWED_METHODS, hdrs.ACCESS_CONTROL_MAX_AGE: _MAX_AGE_S}
+        if echoed:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = ", ".join(echoed[:_ECHOED_MAX])
         return web.Response(status=204, headers=headers)
 
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:

@@ -5,7 +5,7 @@ has only a position in the ring. If it reads too slowly and its position has lef
 goes on from there: it loses what happened meanwhile, but not the state after it. So a reader that does not read holds
 no memory, and after a while it is disconnected.
 
-    calls      calls that began and ended, of one process, and how many more did
+    calls      calls that began and ended, of one process, how many more did, and the tokens of all that ended
     counters   the newest states of counters that have changed
     refusals   calls that a quota refused, and how many more were
     change     an administrator has changed something
@@ -34,9 +34,9 @@ from proxy.administration.audit import ACTIONS_ON_GROUPS
 from proxy.calls.activity import Activity, Batch, CounterState, Details
 from proxy.errors import TooManyStreams
 from proxy.ledger.replicas import AuditedChange
+from proxy.policy.amounts import NO_AMOUNT
 from proxy.policy.policy import EVERYONE
 from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
-from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import REQUEST_ID
 from proxy.web.response import HEARTBEAT
 
@@ -71,7 +71,6 @@ _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # nginx would collect the events
-    "server": SERVER_NAME,
 }
 
 
@@ -467,6 +466,9 @@ def _events_of(part: Part, sees: Filter) -> Iterable[bytes]:
     if any(items or more for items, more in (shown["begun"], shown["ended"])):
         for name in ("begun", "ended"):
             content[name], content[f"{name}_more"] = shown[name]
+        if batch.tokens is not None:
+            used = sum((each for group, each in batch.tokens.items() if sees.shows_group(group)), NO_AMOUNT)
+            content["tokens"] = {"input": used.input, "output": used.output}
         yield _event("calls", orjson.dumps(content))
     counters = [state.data for key, state in batch.counters.items() if sees.shows_counter(key)]
     if counters:

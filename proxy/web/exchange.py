@@ -22,6 +22,7 @@ import structlog
 from proxy.calls.activity import Batch, CounterState, Details
 from proxy.ledger.replicas import Replicas
 from proxy.ledger.store import StoreUnavailable
+from proxy.policy.amounts import NO_AMOUNT, Amount
 from proxy.policy.quota import CounterKey
 from proxy.web.events import Events
 
@@ -155,6 +156,11 @@ def _add(batch: Batch, later: Batch) -> None:
     """Add what happened later to a batch. The newest states of counters stay, up to _WAITING_MAX."""
     for kind in _KINDS:
         getattr(batch, kind).extend(getattr(later, kind))
+    if batch.tokens is not None and later.tokens is not None:
+        batch.tokens = {
+            group: batch.tokens.get(group, NO_AMOUNT) + later.tokens.get(group, NO_AMOUNT)
+            for group in batch.tokens.keys() | later.tokens.keys()
+        }
     batch.counters |= later.counters
     batch.is_incomplete |= later.is_incomplete
     for key in list(islice(batch.counters, max(0, len(batch.counters) - _WAITING_MAX))):
@@ -175,6 +181,8 @@ def _body_of(batch: Batch) -> str:
         for kind in _KINDS
         if (details := getattr(batch, kind))
     }
+    if batch.tokens is not None:
+        body["tokens"] = {group: (used.input, used.output) for group, used in batch.tokens.items()}
     body["counters"] = [(*key, state.at, orjson.Fragment(state.data)) for key, state in batch.counters.items()]
     body["is_incomplete"] = batch.is_incomplete
     return orjson.dumps(body).decode()
@@ -188,6 +196,8 @@ def _batch_of(body: str) -> Batch:
         if kind in content:
             items = [(str(group), orjson.dumps(shown)) for group, shown in content[kind]["items"]]
             setattr(batch, kind, Details(items, {str(group): int(n) for group, n in content[kind]["more"].items()}))
+    used = content.get("tokens")  # an older release does not write it
+    batch.tokens = used and {str(group): Amount(int(read), int(made)) for group, (read, made) in used.items()}
     for subject, quota_id, at, shown in content["counters"]:
         key: CounterKey = (str(subject), str(quota_id))
         batch.counters[key] = CounterState(int(at), orjson.dumps(shown))

@@ -1,8 +1,8 @@
 """Liveness and readiness, on both listeners, without a key.
 
 `/healthz` (liveness) is 200 as long as the process answers, also while the database can't be used: a restart of the
-process would not bring the database back. `/readyz` (readiness) is 200 if a call would be served now, else 503, and
-has the hash of the policy in force.
+process would not bring the database back. `/readyz` (readiness) is 200 if calls should be sent here, else 503, and
+has the hash of the policy in force. A process that is stopping is not ready and still serves calls for a while.
 """
 
 from aiohttp import web

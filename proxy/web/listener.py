@@ -30,6 +30,8 @@ version.
 """
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from itertools import islice
 from typing import Any
@@ -44,7 +46,8 @@ from proxy.errors import BadFraming, ClientLeft, InternalError, ProxyError, TooM
 from proxy.formats.strict_json import dump
 from proxy.identity.client_address import shared_address
 from proxy.upstreams.headers import SERVER_NAME
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, error_response
+from proxy.upstreams.network import keep_alive
+from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, error_response
 from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
@@ -76,9 +79,14 @@ log = structlog.get_logger("listener")
 
 
 class Listener(web.AppRunner):
-    """Serves an application with the limits of its connections. What it refuses by itself is in `request_log`."""
+    """Serves an application with the limits of its connections. What it refuses by itself is in `request_log`.
 
-    def __init__(self, application: web.Application, limits: ConnectionLimits, *, request_log: RequestLog) -> None:
+    The application gets paths without `prefix`, and those that do not begin with it marked `IS_OUTSIDE_PREFIX`.
+    """
+
+    def __init__(
+        self, application: web.Application, limits: ConnectionLimits, *, request_log: RequestLog, prefix: str = ""
+    ) -> None:
         super().__init__(
             application,
             access_log=None,
@@ -94,18 +102,52 @@ class Listener(web.AppRunner):
         )
         self._limits = limits
         self._request_log = request_log
+        self._prefix = prefix
+
+    async def stop_accepting(self) -> None:
+        """Accept no more connections. Those that are open stay."""
+        for site in list(self.sites):
+            await site.stop()
+        await asyncio.sleep(0)  # connections that were accepted before begin to be served
+
+    async def all_answered(self) -> None:
+        """Close idle connections, and the others when their clients have the answer. Ends when all are closed.
+
+        Not by the library's `shutdown`: from its beginning it ignores the rest of a body that is still arriving.
+        """
+        assert isinstance(self.server, _Connections), "called between setup() and cleanup()"
+        await self.server.all_answered()
 
     async def _make_server(self) -> web.Server:
         """Replace the library's server, which creates a RequestHandler for each connection, by ours."""
         made = await super()._make_server()
+        factory = made.request_factory
         return _Connections(
             made.request_handler,
-            request_factory=made.request_factory,
+            request_factory=partial(_request_below, self._prefix, factory) if self._prefix else factory,
             handler_cancellation=made.handler_cancellation,
             limits=self._limits,
             request_log=self._request_log,
             **made._kwargs,
         )
+
+
+def _request_below(prefix: str, factory: Callable[..., web.BaseRequest], *parts: Any) -> web.BaseRequest:
+    """The request for this head, with its path as it is below the prefix: `/v1/models` for `/llm/v1/models`.
+
+    So nothing else knows of the prefix but the texts of errors: neither the routes nor what is shown in the log.
+    """
+    request = factory(*parts)
+    rest = request.raw_path.removeprefix(prefix)
+    if rest == request.raw_path or rest[:1] not in ("", "/", "?", "#"):
+        request[IS_OUTSIDE_PREFIX] = True
+        return request
+    url = request.rel_url
+    path = url.raw_path.removeprefix(prefix) or "/"
+    below = url.build(path=path, query_string=url.raw_query_string, fragment=url.raw_fragment, encoded=True)
+    request = request.clone(rel_url=below)
+    request[PREFIX] = prefix
+    return request
 
 
 class _Places:
@@ -179,6 +221,28 @@ class _Connections(web.Server):
         self._all_places = _Places(limits.connections)
         # An address is forgotten with its last connection.
         self._places_of: WeakValueDictionary[str, _Places] = WeakValueDictionary()
+        self._open: set[Connection] = set()
+        self._all_closed = asyncio.Event()
+        self.is_closing = False
+
+    def opened(self, connection: "Connection") -> None:
+        """The connection was accepted."""
+        self._open.add(connection)
+        self._all_closed.clear()
+
+    def closed(self, connection: "Connection") -> None:
+        """The connection is closed, and its client has got what was written."""
+        self._open.discard(connection)
+        if not self._open:
+            self._all_closed.set()
+
+    async def all_answered(self) -> None:
+        """Close idle connections now, and the others after their answers. Ends when all are closed."""
+        self.is_closing = True
+        for connection in list(self._open):
+            connection.close_if_idle()
+        if self._open:
+            await self._all_closed.wait()
 
     def places_for(self, transport: asyncio.BaseTransport) -> tuple[_Places, ...]:
         """The places of which a new connection needs one each: of its address, if that is limited, and of all."""
@@ -216,7 +280,7 @@ class Connection(web.RequestHandler):
 
     __slots__ = (
         *("_connections", "_limits", "_places", "_transport"),
-        *("_has_answered", "has_key"),
+        *("_answers", "has_key"),
         *("_head_bytes", "_head_deadline"),
         *("_reading_deadline", "_unread_bytes"),
     )
@@ -229,7 +293,7 @@ class Connection(web.RequestHandler):
         # The library forgets its `transport` when it closes the connection, also while data waits to be read.
         self._transport: asyncio.Transport | None = None
         self.has_key = False
-        self._has_answered = False
+        self._answers = 0
         self._head_bytes = 0
         self._head_deadline: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
@@ -239,6 +303,8 @@ class Connection(web.RequestHandler):
         """Accept the connection, or reject it if there are too many and none is idle."""
         super().connection_made(transport)
         self._transport = self.transport
+        self._connections.opened(self)
+        keep_alive(transport.get_extra_info("socket"))
         places = self._connections.places_for(transport)
         if all(each.make_room() for each in places):
             self._places = places
@@ -249,6 +315,7 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection was closed."""
+        self._connections.closed(self)
         self._leave()
         self._stop_watching()
         self._transport = None
@@ -262,7 +329,7 @@ class Connection(web.RequestHandler):
     @property
     def keeps_its_place(self) -> bool:
         """Whether there was more than the first request, which may have a key that was not looked at yet."""
-        return self._has_answered or bool(self._messages) or self.has_unread_answer
+        return bool(self._answers) or bool(self._messages) or self.has_unread_answer
 
     def note_valid_key(self) -> None:
         """The request that is being handled has a valid key."""
@@ -276,6 +343,12 @@ class Connection(web.RequestHandler):
         if self.has_unread_answer and self._transport is not None:
             self._transport.abort()  # a mere close would wait until it is read
         self.force_close()
+
+    def close_if_idle(self) -> None:
+        """Close the connection, unless a request is to be answered. What was written is sent first."""
+        if self._request_count == self._answers:
+            self._leave()
+            self.force_close()
 
     def _leave(self) -> None:
         """Free the place of this connection, which is being closed."""
@@ -316,7 +389,7 @@ class Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """Send an answer, or its end. Then the connection is idle, unless the next request has arrived already."""
         finished = await super().finish_response(request, resp, start_time)
-        self._has_answered = True
+        self._answers += 1
         line = request.get(LOG_LINE)
         if (line is None or not line.is_identified) and not self.has_unread_answer:
             self.has_key = False
@@ -326,6 +399,8 @@ class Connection(web.RequestHandler):
             for places in self._places:
                 places.note_idle(self)
         self._watch_reading()
+        if self._connections.is_closing:
+            self.close()
         return finished
 
     def _note_busy(self) -> None:

@@ -20,6 +20,7 @@ from proxy.ledger.store import Store
 from proxy.policy.policy import Policy
 from proxy.policy.quota import CounterKey, Quota, user_of
 from proxy.upstreams.routing import Cooldowns
+from proxy.upstreams.slots import Load, Slots
 from proxy.web.events import TICK_S, Events
 from proxy.web.exchange import EXCHANGE_S, Exchange
 
@@ -61,9 +62,9 @@ class Live:
             status,
         )
 
-    def show_cooldowns(self, cooldowns: Cooldowns) -> None:
+    def show_upstreams(self, cooldowns: Cooldowns, slots: Slots) -> None:
         """Show these in the status, with the last failure of each upstream."""
-        self._status.cooldowns = cooldowns
+        self._status.cooldowns, self._status.slots = cooldowns, slots
 
     def jobs(self) -> tuple[Job, ...]:
         """What has to be run again and again."""
@@ -94,6 +95,7 @@ class _Status:
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot], activity: Activity) -> None:
         self.cooldowns = Cooldowns()
+        self.slots = Slots()
         self._ledger = ledger
         self._policies = policies
         self._activity = activity
@@ -114,6 +116,7 @@ class _Status:
         """What the process writes every few seconds."""
         now, snapshot = self._ledger.now(), self._policies.current
         cooldowns, last = self.cooldowns.until(now), self.cooldowns.last
+        loads = self.slots.loads()
         return {
             **self.health(),
             "version": __version__,
@@ -125,6 +128,7 @@ class _Status:
                     "name": name,
                     "cooldown_until_at": cooldowns.get(name),
                     "last_failure": None if name not in last else asdict(last[name]),
+                    **asdict(loads.get(name, Load())),
                 }
                 for name in snapshot.catalog.upstreams
             ],

@@ -19,7 +19,7 @@ from aiohttp import hdrs, web
 from proxy.calls.log_line import LogLine
 from proxy.errors import BadFraming, InternalError, NotServed, ProxyError, drop_frames
 from proxy.formats import messages
-from proxy.formats.endpoints import is_messages_path
+from proxy.formats.endpoints import is_messages_path, served_instead
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 
@@ -29,6 +29,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID = web.RequestKey("request_id", str)
 # What the log will say of a request, set at the same place.
 LOG_LINE = web.RequestKey("log_line", LogLine)
+# Set by the listener: `server.prefix`, if the path began with it, and that it did not.
+PREFIX = web.RequestKey("prefix", str)
+IS_OUTSIDE_PREFIX = web.RequestKey("is_outside_prefix", bool)
 
 # RFC 9110 §7.2: a name or an address, and optionally a port. With a slash in it (`Host: proxy/v1/models?`), a server
 # that joins host and path to one URL would see another path than this proxy.
@@ -89,6 +92,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(InternalError(), request)
 
 
+async def add_server_name(request: web.Request, response: web.StreamResponse) -> None:
+    """Name this proxy in an answer. The library has already written its name and Python's, with their versions."""
+    response.headers["server"] = SERVER_NAME
+
+
 async def not_served(request: web.Request) -> web.StreamResponse:
     """The handler of every path that is not served: a 404."""
     raise _not_served(request)
@@ -96,6 +104,7 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The response for an error, with the request's id if it has one."""
+    # `add_server_name` is not called for what the listener answers by itself.
     headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
     id, line = request.get(REQUEST_ID), request.get(LOG_LINE)
     if id is not None:
@@ -112,10 +121,13 @@ def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
 
 def json_response(value: object, request: web.Request) -> web.Response:
     """A JSON body with status 200."""
-    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID], "server": SERVER_NAME}
+    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID]}
     return web.Response(headers=headers, body=dump(value))
 
 
 def _not_served(request: web.Request) -> NotServed:
     # The path as the client sent it: decoded, `/v1%2fmodels` would look like `/v1/models`, which is served.
-    return NotServed(f"Invalid URL ({request.method} {request.rel_url.raw_path[:200]})")
+    path, prefix = request.rel_url.raw_path, request.get(PREFIX, "")
+    instead = served_instead(request.method, path)
+    hint = "" if instead is None else f". Use {instead.replace(' /', f' {prefix}/', 1)}."
+    return NotServed(f"Invalid URL ({request.method} {prefix}{path[:200]}){hint}")

@@ -1,26 +1,42 @@
 """Writes a line to the log for each request, and few lines for requests of clients without a valid key.
 
+Requests to the API listener are also counted here, and calls measured, whether or not they get a line.
+
 A client without a key could fill the disk with lines. So of requests without a user only some are logged: 10 a second
 from one address, and 100 a second in all. The others are counted in a metric, and the next line of that address says
 how many there were.
 """
 
+import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import structlog
 
 from proxy.calls.log_line import LogLine
+from proxy.identity.keys import KEY_HEADERS
 from proxy.ledger.entry import call_id_prefix
 from proxy.logs import LoggedCalls
 from proxy.metrics import Metrics
+from proxy.upstreams.headers import trace_id
 
 _LINES_PER_S = 10
 _LINES_PER_S_IN_ALL = 100
+# A client's id of a request that may be in the log: a UUID, also without its dashes (as nginx writes its ids), or a
+# ULID. Any other text may be a name, a key or a prompt.
+_CLIENT_REQUEST = re.compile(
+    r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}|[0-9A-Fa-f]{32}|[0-7][0-9A-HJKMNP-TV-Z]{25}"
+)
 # How many addresses are remembered. Behind a load balancer there is one.
 _ADDRESSES_MAX = 1024
+
+# What the metrics have instead of a path that is not served. A client without a key could make up any number of them.
+_OTHER_PATHS = "other"
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 log = structlog.get_logger("requests")
 
@@ -62,16 +78,22 @@ class RequestLog:
         self._addresses: OrderedDict[str, _Budget] = OrderedDict()
         self._all = _Budget(0.0)
 
-    def begin(self, endpoint: str, *, address: str) -> LogLine:
-        """The line of a request that begins now, with a new id."""
+    def begin(self, endpoint: str, *, address: str, headers: Mapping[str, str] = _NO_HEADERS) -> LogLine:
+        """The line of a request that begins now, with a new id. `headers` find names in any case."""
         id = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
-        return LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
+        line = LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
+        if "x-request-id" in headers or "traceparent" in headers:
+            _note_ids_of_client(line, headers)
+        return line
 
-    def write(self, line: LogLine, status: int) -> None:
+    def write(self, line: LogLine, status: int, *, is_counted: bool = True) -> None:
         """Write the line of a request that was answered with this status, if the setting wants it.
 
-        A refusal is every request that the proxy itself answered with an error.
+        A refusal is every request that the proxy itself answered with an error. `is_counted` is False for requests to
+        the admin listener, which the metrics of users' requests don't have.
         """
+        if is_counted:
+            self._measure(line, status)
         setting = self._logged_calls()
         if setting == "none" or (setting == "refusals" and line.error is None):
             return
@@ -81,6 +103,18 @@ class RequestLog:
         skipped = self._skipped_before(line)
         if skipped is not None:
             log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
+
+    def _measure(self, line: LogLine, status: int) -> None:
+        metrics = self._metrics
+        metrics.requests.labels(line.endpoint if line.is_served else _OTHER_PATHS, status).inc()
+        if not line.is_call:
+            return
+        ended_s = self._clock()
+        metrics.own_s.labels(line.endpoint).observe(line.own_s(ended_s))
+        # An error that comes at once would make an upstream that fails look fast.
+        if line.upstream is not None and line.first_byte_s is not None and status < 400:
+            metrics.first_byte_s.labels(line.endpoint, line.upstream).observe(line.first_byte_s - line.began_s)
+            metrics.duration_s.labels(line.endpoint, line.upstream).observe(ended_s - line.began_s)
 
     def _skipped_before(self, line: LogLine) -> int | None:
         """How many requests of this address had no line since the last one; None if this one gets no line either."""
@@ -95,3 +129,13 @@ class RequestLog:
             return None
         skipped, budget.skipped = budget.skipped, 0
         return skipped
+
+
+def _note_ids_of_client(line: LogLine, headers: Mapping[str, str]) -> None:
+    """Note the client's id of the request and of its trace, if they have the form of one and are not its key."""
+    keys = [value for name in KEY_HEADERS if (value := headers.get(name)) is not None]
+    trace, id = trace_id(list(headers.items())), headers.get("x-request-id", "").strip(" \t")
+    if trace is not None and not any(trace in key for key in keys):
+        line.trace = trace
+    if _CLIENT_REQUEST.fullmatch(id) and not any(id in key for key in keys):
+        line.client_request = id

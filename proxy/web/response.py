@@ -7,14 +7,13 @@ client that has disconnected does nothing.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import SERVER_NAME
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
@@ -62,6 +61,7 @@ class WebResponder:
     def note_disconnect(self) -> None:
         """Record that the client has disconnected, and call the callback the first time."""
         self.is_disconnected = True
+        self.line.mark_left()
         notify, self._on_disconnected = self._on_disconnected, None
         if notify is not None:
             notify()
@@ -71,15 +71,11 @@ class WebResponder:
         if self.is_disconnected:
             return
         self.line.mark_first_byte(status)
-        self.response = web.Response(
-            status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}, body=body
-        )
+        self.response = web.Response(status=status, headers={**headers, "x-request-id": self.id}, body=body)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of a streamed answer."""
-        response = web.StreamResponse(
-            status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}
-        )
+        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id})
         self.response = response
         self.line.mark_first_byte(status)
         await self._write_in_time(lambda: response.prepare(self._request))
@@ -98,11 +94,40 @@ class WebResponder:
         It is sent only if `is_between_events`: inside an event that is sent in pieces, the comment would become a
         part of that event.
         """
-        self._schedule_heartbeat(self._heartbeat_s, is_between_events)
+
+        async def beat() -> None:
+            if is_between_events():
+                await self.write(HEARTBEAT)
+
+        self._schedule_heartbeat(self._heartbeat_s, self._heartbeat_s, beat)
         try:
             yield
         finally:
             self._cancel_heartbeat()
+
+    @asynccontextmanager
+    async def heartbeat_before_answer(
+        self, every_s: float, start: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        """Within the block, send a comment whenever nothing was sent for `every_s` seconds.
+
+        `start` sends the head of the stream before the first comment, unless it is sent already. A client that waits
+        for a second upstream has waited since the first block of this kind began.
+        """
+
+        async def beat() -> None:
+            if not self.has_begun:
+                await start()
+            await self.write(HEARTBEAT)
+
+        now = asyncio.get_running_loop().time()
+        self._written_at = self._written_at or now
+        self._schedule_heartbeat(max(0, every_s - (now - self._written_at)), every_s, beat)
+        try:
+            yield
+        finally:
+            self._cancel_heartbeat()
+            await self._tasks.all_ended()  # nothing else may be written before the head is
 
     async def end(self) -> None:
         """End a streamed answer."""
@@ -137,9 +162,9 @@ class WebResponder:
             self._writes_in_progress -= 1
             self._written_at = loop.time()
 
-    def _schedule_heartbeat(self, after_s: float, is_between_events: Callable[[], bool]) -> None:
+    def _schedule_heartbeat(self, after_s: float, every_s: float, beat: Callable[[], Awaitable[None]]) -> None:
         self._heartbeat_timer = asyncio.get_running_loop().call_later(
-            after_s, self._on_heartbeat_timer, is_between_events
+            after_s, self._on_heartbeat_timer, every_s, beat
         )
 
     def _cancel_heartbeat(self) -> None:
@@ -147,7 +172,7 @@ class WebResponder:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None
 
-    def _on_heartbeat_timer(self, is_between_events: Callable[[], bool]) -> None:
+    def _on_heartbeat_timer(self, every_s: float, beat: Callable[[], Awaitable[None]]) -> None:
         """Send a heartbeat if the stream was silent, and start the timer again.
 
         There is one timer for the whole stream, not one for each of its thousands of writes. With 15 s, a stream
@@ -156,14 +181,14 @@ class WebResponder:
         at 12:00:36.
         """
         silent_s = asyncio.get_running_loop().time() - self._written_at
-        if silent_s >= self._heartbeat_s:
-            self._tasks.start("heartbeat", self._send_heartbeat(is_between_events))
+        if silent_s >= every_s:
+            self._tasks.start("heartbeat", self._send_heartbeat(beat))
             silent_s = 0
-        self._schedule_heartbeat(self._heartbeat_s - silent_s, is_between_events)
+        self._schedule_heartbeat(every_s - silent_s, every_s, beat)
 
-    async def _send_heartbeat(self, is_between_events: Callable[[], bool]) -> None:
+    async def _send_heartbeat(self, beat: Callable[[], Awaitable[None]]) -> None:
         # Checked here and not when the timer fires: the stream may have written, or ended its block, before this task
         # runs. Nothing is awaited between the check and the write. A client that still takes an earlier write gets no
         # comment: it has traffic, and comments would only queue up behind it.
-        if self._heartbeat_timer is not None and self._writes_in_progress == 0 and is_between_events():
-            await self.write(HEARTBEAT)
+        if self._heartbeat_timer is not None and self._writes_in_progress == 0:
+            await beat()

@@ -32,8 +32,8 @@ from proxy.errors import (
     DirectoryUnavailable,
     InternalError,
     InvalidKey,
-    InvalidRequest,
     NotAllowed,
+    NotServed,
     NoUpgrade,
     ProxyError,
     drop_frames,
@@ -48,7 +48,6 @@ from proxy.formats.endpoints import (
     known_beginning,
 )
 from proxy.formats.request import parse_form_request, parse_request
-from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.identity.client_address import client_address
@@ -63,17 +62,20 @@ from proxy.web.events import Events
 from proxy.web.health import HEALTH_PATHS, Health
 from proxy.web.listener import note_valid_key
 from proxy.web.middleware import (
+    IS_OUTSIDE_PREFIX,
     LOG_LINE,
     REQUEST_ID,
     Handler,
+    add_server_name,
     answer_errors,
     json_response,
     not_served,
     validate_request,
 )
+from proxy.web.pages.files import Page
 from proxy.web.request_log import RequestLog
 from proxy.web.response import WebResponder
-from proxy.web.self_service import SelfService
+from proxy.web.self_service import SelfService, can_name
 
 log = structlog.get_logger("routes")
 
@@ -112,10 +114,14 @@ class Api:
         self._relay = relay
         self._cors = Cors(settings.cors)
         self._trusted_proxies = settings.trusted_proxies
+        self._prefix = settings.prefix
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
         self._request_log = request_log
+        self._page = Page(
+            "usage", path="/usage", files="/usage", is_served=lambda: policies.current.policy.self_service
+        )
 
     def end_calls_of(self, cuts: Cuts) -> None:
         """End at once what these keys and users have running here, and the calls with these ids.
@@ -150,17 +156,19 @@ class Api:
                 self._cors.answer_preflight,
                 answer_errors,  # outside of the following ones, whose errors it answers
                 validate_request,
+                *([self._refuse_outside_prefix] if self._prefix else []),
                 _refuse_websocket,
             ]
         )
-        application.on_response_prepare.append(self._cors.add_headers)
-        application.router.add_routes(health.routes())
+        application.on_response_prepare.extend([add_server_name, self._cors.add_headers])
+        application.router.add_routes([*health.routes(), *self._page.routes()])
         for endpoint in METERED:
             # `.+` also matches slashes, which are in the names of OpenRouter's models.
             deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
-            for prefix in (*PREFIXES, *deployments):
+            paths = [prefix + endpoint.path for prefix in (*PREFIXES, *deployments)]
+            for path in (*paths, *endpoint.aliases):
                 application.router.add_post(
-                    prefix + endpoint.path, partial(self._metered_call, endpoint), expect_handler=defer_continue
+                    path, partial(self._metered_call, endpoint), expect_handler=defer_continue
                 )
         for prefix in PREFIXES:
             for stored in STORED_RESPONSE_PATHS:
@@ -178,9 +186,21 @@ class Api:
         return application
 
     @web.middleware
+    async def _refuse_outside_prefix(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Serve only paths below `server.prefix`, and the health checks."""
+        if request.get(IS_OUTSIDE_PREFIX) and request.path not in HEALTH_PATHS:
+            raise NotServed(
+                f"Nothing is served at this path: all paths of this API begin with {self._prefix}, and the base_url "
+                f"of an SDK ends in {self._prefix}/v1."
+            )
+        return await handler(request)
+
+    @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         address = client_address(request.remote, request.headers.items(), self._trusted_proxies)
-        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=address)
+        line = self._request_log.begin(_shown(request), address=address, headers=request.headers)
+        line.is_served = _is_served(request)
+        request[LOG_LINE] = line
         request[REQUEST_ID] = line.request_id
         status = None
         try:
@@ -189,7 +209,7 @@ class Api:
             return response
         finally:
             if not line.is_call:
-                if request.path not in HEALTH_PATHS:
+                if request.path not in HEALTH_PATHS and not self._page.has_served(request, status):
                     await self._note_caller(request, line)
                     self._request_log.write(line, status or line.sent_status or ClientLeft.status)
                 self._running.pop(line.request_id, None)  # that of a call ends with the call
@@ -259,7 +279,7 @@ class Api:
             try:
                 form = await read_form(request, spool, self._limits, share)
                 parsed = parse_form_request(endpoint, form, deployment=deployment)
-                line.model = shown(parsed.model)
+                line.model, line.stream = shown(parsed.model), parsed.stream
                 call = prepare_call(parsed, caller, snapshot, client, spool=spool)
             except BaseException:
                 spool.close()
@@ -272,7 +292,7 @@ class Api:
 
             def prepare() -> Call:
                 parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
-                line.model = shown(parsed.model)
+                line.model, line.stream = shown(parsed.model), parsed.stream
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
@@ -351,7 +371,7 @@ class Api:
         lists = await asyncio.gather(*map(self._model_lists.of, catalog.open_upstreams))
         configured = (*catalog.names, *snapshot.policy.model_names(caller.groups))
         listed = (name for names in lists for name in names if not shows_account(name))
-        names = [name for name in dict.fromkeys((*configured, *listed)) if _serves(snapshot, caller, name)]
+        names = [name for name in dict.fromkeys((*configured, *listed)) if can_name(snapshot, caller, name)]
         ends = {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
         data = [_model(name, request) for name in names]
         return json_response({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
@@ -359,7 +379,7 @@ class Api:
     async def _model(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
-        if not _serves(snapshot, caller, name):
+        if not can_name(snapshot, caller, name):
             raise no_such_model(name[:200])
         return json_response(_model(name, request), request)
 
@@ -388,22 +408,16 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
 def _shown(request: web.Request) -> str:
     """The method and the path for the log, with nothing that a client chose: `GET /v1/responses/{id}`."""
     method = request.method if request.method in hdrs.METH_ALL else "…"
-    route = request.match_info.route
-    if route.resource is None or route.handler is _other_path:
+    resource = request.match_info.route.resource
+    if resource is None or not _is_served(request):
         return f"{method} {known_beginning(request.rel_url.raw_path)}"
-    return f"{method} {route.resource.canonical}"
+    return f"{method} {resource.canonical}"
 
 
-def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:
-    """Whether a call of this user may name this model."""
-    found = snapshot.catalog.model(model)
-    try:
-        check_name_form(model)
-        if found is not None and not snapshot.catalog.lists(found.name):
-            check_model_name(model)
-    except InvalidRequest:
-        return False
-    return snapshot.serves(caller, model)
+def _is_served(request: web.Request) -> bool:
+    """Whether there is a handler for the path, other than the one for all other paths."""
+    route = request.match_info.route
+    return route.resource is not None and route.handler is not _other_path
 
 
 def _is_anthropic(request: web.Request) -> bool:

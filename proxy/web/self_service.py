@@ -11,9 +11,12 @@ from datetime import UTC, date, datetime
 from aiohttp import web
 
 from proxy.errors import DirectoryUnavailable, InvalidKey, InvalidRequest
-from proxy.identity.authentication import Caller, Snapshot
+from proxy.formats.model_names import check_model_name, check_name_form
+from proxy.identity.authentication import Caller, Snapshot, narrowed_groups
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queries import DAY_MS, Asked, Dimension, by_time_or_tokens, usage
+from proxy.policy.policy import DEFAULT
+from proxy.policy.quota import sample_name
 from proxy.policy.status import quota_statuses
 from proxy.web.events import Events, Filter
 from proxy.web.middleware import json_response, not_served
@@ -56,8 +59,9 @@ class SelfService:
                 "object": "list",
                 "user": caller.user,
                 "groups": list(caller.groups),
-                "models": [name for name in snapshot.catalog.names if snapshot.serves(caller, name)],
-                "unlimited": any(policy.groups[name].unlimited for name in caller.groups),
+                "models": _models(snapshot, caller),
+                "timezone": policy.zone.key,
+                "unlimited": _is_unlimited(snapshot, caller),
                 "data": [each.as_json(policy.zone) for each in statuses.values()],
             },
             request,
@@ -94,6 +98,39 @@ class SelfService:
             return found if snapshot.policy.self_service and found.user == sees.user else None
 
         return await self._events.stream(request, sees, check=sees_now)
+
+
+def can_name(snapshot: Snapshot, caller: Caller, model: str) -> bool:
+    """Whether a call of this user may name this model."""
+    found = snapshot.catalog.model(model)
+    try:
+        check_name_form(model)
+        if found is not None and not snapshot.catalog.lists(found.name):
+            check_model_name(model)
+    except InvalidRequest:
+        return False
+    return snapshot.serves(caller, model)
+
+
+def _models(snapshot: Snapshot, caller: Caller) -> list[str]:
+    """The names in the policy that the caller may call. If the list of models is open, the patterns of others follow.
+
+    They end with `*` if every other name may be called.
+    """
+    policy, of_key = snapshot.policy, caller.key.models
+    names = dict.fromkeys((*snapshot.catalog.names, *policy.model_names(caller.groups)))
+    found = [name for name in names if can_name(snapshot, caller, name)]
+    if not snapshot.catalog.open_upstreams:
+        return found
+    patterns = dict.fromkeys((*policy.model_patterns(caller.groups), *(of_key.patterns if of_key else ())))
+    callable_ones = [text for text in patterns if snapshot.serves(caller, sample_name(text))]
+    return found + (["*"] if "*" in callable_ones else callable_ones)
+
+
+def _is_unlimited(snapshot: Snapshot, caller: Caller) -> bool:
+    """Whether a group that may admit the caller's calls with this key has no quotas, but any number of them."""
+    groups = narrowed_groups(caller) if caller.groups else (DEFAULT,)
+    return any(name in snapshot.policy.groups and snapshot.policy.groups[name].unlimited for name in groups)
 
 
 def _own(snapshot: Snapshot, caller: Caller) -> Filter:

@@ -67,6 +67,8 @@ async def reload(on: Stage, policy: str) -> None:
 async def test_a_key_says_who_one_is(tmp_path: Path) -> None:
     """In either header. A manager also sees its groups."""
     async with stage(POLICY, folder=tmp_path) as on:
+        assert on.server.api is not None
+        of_the_proxy = {"timezone": "UTC", "api_url": None, "api_port": on.server.api.port}
         reply = await ask(on, "GET", "/session")
         assert reply.json() == {
             "name": "ops",
@@ -74,6 +76,7 @@ async def test_a_key_says_who_one_is(tmp_path: Path) -> None:
             "groups": None,
             "grant_up_to": None,
             "expires_at": None,
+            **of_the_proxy,
         }
         reply = await ask(on, "GET", "/session", headers={"x-api-key": admin_key("max")})
         assert reply.json() == {
@@ -82,6 +85,7 @@ async def test_a_key_says_who_one_is(tmp_path: Path) -> None:
             "groups": ["staff"],
             "grant_up_to": 50,
             "expires_at": None,
+            **of_the_proxy,
         }
 
 

@@ -82,7 +82,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await on.server.cut_off()  # else the end of the stage waits for what hangs
+        on.server.end_at_once()  # else the end of the stage waits for what hangs
 
 
 # ----------------------------------------------------------------------------------------------------------- managers
@@ -229,7 +229,10 @@ async def test_a_reset_empties_what_is_used_and_keeps_what_is_held(tmp_path: Pat
         reply = await ask(on, "POST", "/counters/reset", json={})
         assert (problem(reply), reply.json()["field"]) == ((422, "validation"), "user")
         trial = await ask(on, "POST", "/counters/reset?dry_run=true", json={"user": "alice"})
-        made = await ask(on, "POST", "/counters/reset", json={"user": "alice"})
+        for reason in ("a\nb", "a" * 501):
+            reply = await ask(on, "POST", "/counters/reset", json={"user": "alice", "reason": reason})
+            assert (problem(reply), reply.json()["field"]) == ((422, "validation"), "reason")
+        made = await ask(on, "POST", "/counters/reset", json={"user": "alice", "reason": "an outage"})
         assert trial.json() == made.json()
         assert [(each["quota"], each["counters"]) for each in made.json()["quotas"]] == [("staff/daily", 1)]
         level = (await on.quota("staff/daily"))["requests"]
@@ -238,6 +241,7 @@ async def test_a_reset_empties_what_is_used_and_keeps_what_is_held(tmp_path: Pat
         assert (await on.post(CHAT, chat())).status == 200
         [row] = (await ask(on, "GET", "/audit?action=counters.reset")).json()["data"]
         assert row["before"]["used"]["staff/daily"]["requests"] == 2
+        assert row["after"]["reason"] == "an outage"
         await ask(on, "POST", f"/calls/{here.in_flight['alice']}/end")
         while (await on.quota("staff/daily"))["requests"]["held"]:
             pass

@@ -186,6 +186,11 @@ async def test_a_key_is_shown_once_labelled_rotated_and_revoked(tmp_path: Path) 
         assert await status_with(on, key) == 200
         found = (await ask(on, "GET", "/keys?user=alice")).json()["data"]
         assert [(each["id"], each["label"], each["models"]) for each in found] == [(id, "ci", ["fast"])]
+        before = await etag_of(on, f"/keys/{id}")
+        await on.server.directory.write_used()
+        shown = (await ask(on, "GET", f"/keys/{id}")).json()
+        assert (shown["used_at"], shown["used_from"]) == (NOON, "127.0.0.1")
+        assert await etag_of(on, f"/keys/{id}") == before  # nobody has changed it
         found = (await ask(on, "POST", "/keys/find", json={"text": f"log: {key}, {key_of('bob')}"})).json()["data"]
         assert [(each["user"], each["label"]) for each in found] == [("alice", "ci"), ("bob", "")]
         match = await etag_of(on, f"/keys/{id}")
@@ -219,12 +224,15 @@ async def test_an_admin_key_that_is_made_here_gives_its_role_until_it_is_revoked
         reply = await ask(on, "POST", "/admin-keys", headers={**cookie, **SAME_ORIGIN}, json=body)
         assert reply.status == 201
         id, sent = reply.json()["id"], {"x-api-key": reply.json()["key"]}
+        assert on.server.api is not None
+        of_the_proxy = {"timezone": "UTC", "api_url": None, "api_port": on.server.api.port}
         assert (await ask(on, "GET", "/session", headers=sent)).json() == {
             "name": "mia",
             "role": "manager",
             "groups": ["lab"],
             "grant_up_to": 20,
             "expires_at": None,
+            **of_the_proxy,
         }
         assert problem(await ask(on, "GET", "/users", headers=sent)) == (403, "forbidden")
         login = (await ask(on, "POST", "/session", headers=sent)).headers["set-cookie"].partition(";")[0]

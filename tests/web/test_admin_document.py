@@ -10,6 +10,7 @@ import orjson
 import pytest
 from yarl import URL
 
+from proxy.policy.amounts import Measure
 from proxy.web.admin.operations import Operation
 from tests.admin import ADMINS, SAME_ORIGIN, admin_key, ask
 from tests.openapi import Document
@@ -135,3 +136,14 @@ async def _send(on: Stage, method: str, request: dict[str, Any]) -> tuple[int, t
     async with on.http.request(method, url, headers=headers, data=request.get("body")) as response:
         body = await response.read()
         return response.status, (response.content_type if body else None, body)
+
+
+async def test_the_document_says_what_a_form_has_to_know(tmp_path: Path) -> None:
+    """Which fields are limits, and which are instants."""
+    async with stage(POLICY, folder=tmp_path) as on:
+        schemas = (await ask(on, "GET", "/openapi.json")).json()["components"]["schemas"]
+    for name in ("Quota", "QuotaFields", "SetQuota", "SetModelQuota"):
+        fields = schemas[name]["properties"]
+        assert [each for each in fields if fields[each].get("x-measure") == each] == list(Measure), name
+    assert schemas["NewGrantFields"]["properties"]["until"]["format"] == "epoch-ms"
+    assert schemas["NewKeyFields"]["properties"]["expires_at"]["anyOf"][0]["format"] == "epoch-ms"

@@ -171,6 +171,8 @@ async def test_a_change_says_whom_it_touches_and_warns(tmp_path: Path) -> None:
         )
         assert reply.json()["effects"]["members"] == 2
         assert reply.json()["effects"]["members_over"] == 1
+        would = "Each of 2 members may use 2 requests a day of any model; 1 of them would be over now."
+        assert reply.json()["sentence"] == would
         assert (await on.post(CHAT, GOOD)).status == 200
         reply = await ask(on, "POST", "/groups?dry_run=true", json={"name": "art"})
         assert "art" in str(reply.json()["effects"]["warnings"])

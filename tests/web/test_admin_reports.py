@@ -106,6 +106,7 @@ async def test_models_and_upstreams_are_shown_without_their_keys(tmp_path: Path)
         assert state["replica"] == on.server.ledger.owner
         assert state["cooldown_until_at"] == NOON + 1000
         assert state["last_failure"]["reason"] == "status 429"
+        assert (upstream["max_in_flight"], state["in_flight"], state["waiting"]) == (None, 0, 0)
         assert UPSTREAM_KEY not in reply.body.decode()
         for path in ("/models", "/upstreams", "/replicas", "/policy"):
             assert problem(await ask(on, "GET", path, admin="max")) == (403, "forbidden")

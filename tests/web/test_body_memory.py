@@ -112,6 +112,19 @@ async def test_a_client_that_leaves_while_its_body_waits_holds_nothing() -> None
     assert memory.bytes_held == BUDGET // 2
 
 
+async def test_a_body_that_gives_up_at_the_moment_at_which_there_is_room_takes_none() -> None:
+    """Its task is cancelled and has not run yet when another body is freed. Both ended with a 500 before."""
+    memory = BodyMemory(BUDGET)
+    await memory.hold("ann", BUDGET // 2)
+    waiting = await _start(memory, "ann", REQUEST_BYTES_MAX)
+    waiting.cancel()
+    memory.free("ann", BUDGET // 2)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert memory.bytes_held == 0
+    await memory.hold("ann", BUDGET // 2)
+
+
 async def test_a_large_body_is_checked_once_before_it_is_read() -> None:
     """A user whose quotas are 0 is refused there."""
     checked: list[int] = []

@@ -75,7 +75,7 @@ async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp
             "content-type": "application/json",
             "accept-encoding": "identity",
             "http-referer": "https://app.example",
-            "user-agent": call.headers["user-agent"],
+            "user-agent": "llm-quota-proxy",
             "content-length": str(len(call.body)),
         } | {"accept": "*/*"}
 

@@ -56,6 +56,24 @@ async def _serving(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIter
         yield url
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system has another name for it")
+async def test_the_system_asks_whether_a_silent_client_is_still_there() -> None:
+    """After 60 s, before firewalls forget the connection."""
+
+    async def options(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        accepted = request.transport.get_extra_info("socket")
+        is_on = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return web.Response(text=f"{is_on} {accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)}")
+
+    async with (
+        _serving(ConnectionLimits(), options) as url,
+        aiohttp.ClientSession() as http,
+        http.get(url) as response,
+    ):
+        assert await response.text() == "1 60"
+
+
 # ------------------------------------------------------------------------------------------------------ slow and idle
 
 
@@ -753,12 +771,15 @@ INTERNALS = {
 
 # What listener.py adds to aiohttp's classes.
 ADDED = {
-    web.AppRunner: ["_limits", "_request_log"],
-    web.Server: ["limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"],
+    web.AppRunner: ["_limits", "_prefix", "_request_log", "all_answered", "stop_accepting"],
+    web.Server: [
+        *("limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"),
+        *("opened", "closed", "all_answered", "is_closing", "_open", "_all_closed"),
+    ],
     web.RequestHandler: [
         *listener.Connection.__slots__,
         *("has_unread_answer", "keeps_its_place", "note_valid_key", "evict", "_leave", "_reject", "_note_busy"),
-        "_new_line",
+        *("_new_line", "close_if_idle"),
         *("_end_head", "_on_head_deadline", "_watch_reading", "_stop_watching", "_on_reading_deadline"),
     ],
 }

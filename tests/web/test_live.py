@@ -34,7 +34,13 @@ async def test_a_process_writes_its_status(tmp_path: Path) -> None:
         assert status["calls_in_flight"] == 0
         failure = {"at": NOON, "outcome": "limited", "reason": "status 429"}
         assert status["upstreams"] == [
-            {"name": "simulated", "cooldown_until_at": NOON + 1000, "last_failure": failure}
+            {
+                "name": "simulated",
+                "cooldown_until_at": NOON + 1000,
+                "last_failure": failure,
+                "in_flight": 0,
+                "waiting": 0,
+            }
         ]
 
 

@@ -5,6 +5,7 @@ T18 pipelined requests · T19 paths
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,9 @@ OTHER_SPELLINGS = [
     "/v1/models/../chat/completions",
 ]
 
+# Those that a client with a wrong base_url sends.
+LIKE_A_SERVED_ONE = [path for path in OTHER_SPELLINGS if path.lower().rstrip("/").endswith("/chat/completions")]
+
 
 async def _message_of_404(on: Stage, request: bytes) -> str:
     async with bare_client(on.url) as client:
@@ -118,7 +122,9 @@ async def test_other_spellings_of_a_path_are_a_404(tmp_path: Path) -> None:
     """T19: the answer quotes the path as it was sent."""
     async with stage(folder=tmp_path) as on:
         for path in OTHER_SPELLINGS:
-            assert await _message_of_404(on, post(path, KEY)) == f"Invalid URL (POST {path})"
+            message, _, instead = (await _message_of_404(on, post(path, KEY))).partition(". Use POST /v1/")
+            assert message == f"Invalid URL (POST {path})"
+            assert bool(instead) == (path in LIKE_A_SERVED_ONE)
         assert on.simulator.received == 0
 
 
@@ -222,3 +228,40 @@ async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
     assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "overloaded_error", "req_1")
     assert (response.headers["request-id"], response.headers["retry-after"]) == ("req_1", "5")
     assert "request-id" not in without_id.headers
+
+
+async def test_no_answer_names_the_library_or_python(tmp_path: Path) -> None:
+    """On both listeners: answers, errors of every step, health, pages, a preflight, and what no handler answers."""
+    upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")
+    ask_first = ("Origin: https://app.example", "Access-Control-Request-Method: POST")
+    requests = [
+        get("/healthz"),
+        get("/readyz"),
+        get("/healthz", "Expect: 200-ok"),
+        get("/healthz", method="DELETE"),
+        get("/v1/models", KEY),
+        get("/v1/models"),
+        get("/v1/nothing"),
+        get(CHAT, KEY, *upgrade),
+        get(CHAT, *ask_first, method="OPTIONS"),
+        get("/usage"),
+        get("/usage", "Expect: 200-ok"),
+        get("/metrics"),
+        get("/admin/"),
+        get("/admin"),
+        get("/admin/api/session"),
+        get("/admin/api/nothing"),
+        post(CHAT, KEY),
+        post(CHAT, KEY, body=b"{"),
+        post(CHAT, KEY, "Expect: 200-ok"),
+        post(CHAT, KEY, "Transfer-Encoding: xchunked", length=False),
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"no request\r\n\r\n",
+    ]
+    async with stage(folder=tmp_path, cors=("https://app.example",)) as on:
+        for url, request in product((on.url, on.admin_url), requests):
+            async with bare_client(url) as client:
+                client.send(request)
+                reply = await client.reply()
+                servers = [value for name, value in reply.headers.items() if name.lower() == "server"]
+                assert servers == ["llm-quota-proxy"], request

@@ -1,9 +1,13 @@
 """A line for each request of a user, and few lines for clients without a valid key."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+from multidict import CIMultiDict
 from structlog.testing import capture_logs
+from yarl import URL
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidKey
@@ -12,7 +16,9 @@ from proxy.logs import LoggedCalls
 from proxy.metrics import Metrics
 from proxy.policy.key import Key
 from proxy.web.request_log import RequestLog
+from tests import exposition
 from tests.builders import NOON
+from tests.stage import STAFF, stage
 
 
 class _Clock:
@@ -105,3 +111,134 @@ def test_a_line_begins_with_the_request() -> None:
     clock.now_s = 7.25
     assert line.fields(200)["total_ms"] == 250.0
     assert line.request_id.startswith("req_")
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+UUID, ULID = "4f1c7f6e-8b1d-4B62-9d5e-0d5a6f7b8c9d", "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+
+
+def _ids(*headers: tuple[str, str]) -> tuple[str | None, str | None]:
+    """The trace and the client's id in the line of a request with these headers."""
+    line = _log(_Clock()).begin("chat", address="192.0.2.1", headers=CIMultiDict(headers))
+    return line.trace, line.client_request
+
+
+@pytest.mark.parametrize("id", [UUID, UUID.lower(), ULID, UUID.replace("-", "")])
+def test_a_client_s_id_of_the_request_is_in_the_line(id: str) -> None:
+    """If it has the form of an id, so that a client's log and this one can be joined."""
+    assert _ids(("x-request-ID", id)) == (None, id)
+    fields = _log(_Clock()).begin("chat", address="192.0.2.1", headers=CIMultiDict({"x-request-id": id})).fields(200)
+    assert (fields["client_request"], fields["request"][:4]) == (id, "req_")
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "",
+        "1234",
+        "sk-proj-abcdefghijklmnop",
+        "llmq_0123456789abcdefghij",
+        "the words of a prompt",
+        f"{UUID}{UUID}",
+        f"{UUID}\n",
+        "AKIAIOSFODNN7EXAMPLE",
+        "alice@example.com",
+        "../../etc/passwd",
+        ULID.lower(),
+        "81ARZ3NDEKTSV4RRFFQ69G5FAV",
+        "\u0660" * 32,
+    ],
+)
+def test_any_other_text_in_the_place_of_an_id_is_not_in_the_line(id: str) -> None:
+    """It may be a name, a key or a prompt."""
+    assert _ids(("x-request-id", id)) == (None, None)
+
+
+@pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
+def test_a_key_that_looks_like_an_id_is_not_in_the_line(header: str) -> None:
+    """Azure's keys have 32 hexadecimal digits, as ids have."""
+    parent = f"00-{TRACE}-00f067aa0ba902b7-01"
+    assert _ids(("x-request-id", TRACE), ("traceparent", parent)) == (TRACE, TRACE)
+    assert _ids(("x-request-id", TRACE), ("traceparent", parent), (header, f"Bearer {TRACE}")) == (None, None)
+
+
+def test_only_the_id_of_a_valid_trace_is_in_the_line() -> None:
+    """Not the rest of the header, and not what has another form."""
+    assert _ids(("TraceParent", f"00-{TRACE}-00f067aa0ba902b7-01"), ("tracestate", "a=b")) == (TRACE, None)
+    for parent in (TRACE, f"00-{TRACE}-{'0' * 16}-01", f"00-{'0' * 32}-00f067aa0ba902b7-01"):
+        assert _ids(("traceparent", parent)) == (None, None)
+
+
+async def test_the_line_of_a_call_whose_client_left_says_when(tmp_path: Path) -> None:
+    """The call itself goes on, because its upstream bills it."""
+    message = {"role": "user", "content": "Hello"}
+    ask = {"model": "fast", "messages": [message], "stream": True, "metadata": {"simulate": "tokens=40 speed=400"}}
+    async with stage(folder=tmp_path) as on:
+        with capture_logs() as logged:
+            call = on.begin("/v1/chat/completions", ask)
+            await on.simulator.until(lambda: on.simulator.chunks_sent >= 3)
+            await on.hang_up(call)
+            await on.all_settled()
+        (line,) = [each for each in logged if each["event"] == "request"]
+        assert (line["outcome"], line["status"], line["attempts"]) == ("client_left", 200, 1)
+        assert line["first_byte_ms"] < line["left_ms"] <= line["total_ms"]
+
+
+async def test_a_refused_call_says_how_long_it_waited_and_has_no_upstream(tmp_path: Path) -> None:
+    """And no time at which it was admitted."""
+    async with stage(STAFF.replace("requests: 100k", "requests: 0"), folder=tmp_path) as on:
+        with capture_logs() as logged:
+            assert (await on.post("/v1/chat/completions", {"model": "fast", "messages": []})).status == 429
+        (line,) = [each for each in logged if each["event"] == "request"]
+        assert line["waited_ms"] >= 0
+        assert (line["stream"], line["model"]) == (False, "fast")
+        assert not {"attempts", "upstream", "admitted_ms", "held_tokens"} & line.keys()
+
+
+def test_every_request_is_counted_by_endpoint_and_status() -> None:
+    """Whether it has a line or not. Requests to the admin listener are not among those of users."""
+    metrics = Metrics()
+    log = _log(lambda: 5.5, setting="none", metrics=metrics)
+    for number in range(30):
+        log.write(_line(f"req_{number}", 5.0), 401)
+    log.write(_line("ok", 5.0, user="alice"), 200)
+    log.write(_line("admin", 5.0), 401, is_counted=False)
+    found = exposition.Metrics.of(metrics.exposition().decode())
+    assert found.by("llm_quota_requests_total", "endpoint", "status") == {("chat", "401"): 30, ("chat", "200"): 1}
+
+
+async def test_paths_that_are_not_served_have_one_series(tmp_path: Path) -> None:
+    """Known words can be put together in any number of ways, also by a client without a key."""
+    paths = ["/v1/models/models", *("/" * length + "v1/models" for length in range(2, 9)), "/v1" * 500, "/v1/files/x"]
+    async with stage(folder=tmp_path) as on:
+        with capture_logs() as logged:
+            for path in paths:
+                async with on.http.get(URL(on.url + path, encoded=True)):
+                    pass
+        metrics = exposition.Metrics.of(on.server.metrics.exposition().decode())
+    assert metrics.by("llm_quota_requests_total", "endpoint") == {"GET /v1/models/{model}": 1, "other": 9}
+    assert max(len(line["endpoint"]) for line in logged if line["event"] == "request") < 40
+
+
+def test_the_times_of_a_call_are_measured() -> None:
+    """Of an error, which may come at once, only the proxy's own part. Nothing of a request that is no call."""
+    clock, metrics = _Clock(), Metrics()
+    log = _log(clock, metrics=metrics)
+    for status in (200, 502):
+        clock.now_s = 100.0
+        line = log.begin("chat", address="192.0.2.1")
+        line.is_call, line.upstream = True, "box"
+        clock.now_s = 100.25
+        line.mark_sent()
+        clock.now_s = 103.0
+        line.mark_first_byte(status)
+        clock.now_s = 104.5
+        line.mark_answered()
+        clock.now_s = 105.0
+        log.write(line, status)
+    log.write(log.begin("GET /v1/models", address="192.0.2.1"), 200)
+    found = exposition.Metrics.of(metrics.exposition().decode())
+    assert found.by("llm_quota_first_byte_seconds_sum", "endpoint", "upstream") == {("chat", "box"): 3.0}
+    assert found.by("llm_quota_duration_seconds_sum", "endpoint", "upstream") == {("chat", "box"): 5.0}
+    assert found.by("llm_quota_own_seconds_sum", "endpoint") == {"chat": 1.5}
+    assert found.by("llm_quota_own_seconds_count", "endpoint") == {"chat": 2}

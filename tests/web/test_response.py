@@ -3,17 +3,23 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
 from proxy.tasks import Tasks
 from proxy.web.response import HEARTBEAT, WebResponder
 from tests.builders import log_line
+from tests.stage import movable_time, until
 
 
 @asynccontextmanager
-async def _served(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+async def _served(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]], *, before_head: Callable[..., Any] | None = None
+) -> AsyncIterator[int]:
     application = web.Application()
+    if before_head is not None:
+        application.on_response_prepare.append(before_head)
     application.router.add_get("/", handler)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
@@ -195,4 +201,75 @@ async def test_a_slow_client_gets_no_heartbeats() -> None:
         _, writer = await _ask(port)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         assert await done == 0
+        writer.close()
+
+
+async def test_a_silent_upstream_gives_the_client_the_head_and_comments() -> None:
+    """Not before `every_s`, counted from the first block of this kind, and each `every_s` after that."""
+    may_end = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = WebResponder(request, log_line())
+
+        async def start() -> None:
+            await client.start(200, {"content-type": "text/event-stream"})
+
+        with movable_time() as move:
+            async with client.heartbeat_before_answer(100, start):
+                move(60)
+                await _turns()
+                assert not client.has_begun
+            assert not client.has_begun
+            async with client.heartbeat_before_answer(100, start):
+                move(30)
+                await _turns()
+                assert not client.has_begun
+                move(11)
+                await until(lambda: client.has_begun)
+                await _turns()
+                move(101)
+                await may_end.wait()
+            move(500)
+            await _turns()
+            await client.write(b"data: answer\n\n")
+            await client.end()
+        assert client.response
+        return client.response
+
+    async def _turns() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async with _served(handler) as port:
+        reader, writer = await _ask(port)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        comment = b"e\r\n" + HEARTBEAT + b"\r\n"
+        assert await reader.readexactly(2 * len(comment)) == 2 * comment
+        may_end.set()
+        assert await reader.readuntil(b"0\r\n\r\n") == b"e\r\ndata: answer\n\n\r\n0\r\n\r\n"
+        writer.close()
+
+
+async def test_the_head_of_a_silent_stream_is_whole_before_anything_else_is_written() -> None:
+    """The upstream answers while the head is being sent. The answer waits for it."""
+    is_starting, may_start = asyncio.Event(), asyncio.Event()
+
+    async def before_head(request: web.Request, response: web.StreamResponse) -> None:
+        is_starting.set()
+        await may_start.wait()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = WebResponder(request, log_line())
+        async with client.heartbeat_before_answer(0.001, lambda: client.start(200, {})):
+            await is_starting.wait()
+            asyncio.get_running_loop().call_later(0.005, may_start.set)  # several intervals later
+        await client.write(b"answer")
+        await client.end()
+        assert client.response
+        return client.response
+
+    async with _served(handler, before_head=before_head) as port:
+        reader, writer = await _ask(port)
+        seen = await reader.readuntil(b"0\r\n\r\n")
+        assert seen.endswith(b"\r\n\r\ne\r\n" + HEARTBEAT + b"\r\n6\r\nanswer\r\n0\r\n\r\n")
         writer.close()

@@ -24,12 +24,56 @@ async def test_quota_says_who_one_is_and_what_one_may_use(tmp_path: Path) -> Non
     policy = STAFF.replace("staff: {", "admins: {unlimited: true}\n  staff: {").replace(
         "bob: {groups: [staff]", "bob: {groups: [admins, staff]"
     )
-    async with stage(policy, folder=tmp_path) as on:
+    async with stage(f"{policy}timezone: Europe/Berlin\n", folder=tmp_path) as on:
         alice = (await on.get("/v1/quota")).json()
         bob = (await on.get("/v1/quota", user="bob")).json()
     assert (alice["user"], alice["groups"], alice["unlimited"]) == ("alice", ["staff"], False)
-    assert alice["models"] == ["gpt-4o-mini", "fast"]
+    assert (alice["models"], alice["timezone"]) == (["gpt-4o-mini", "fast"], "Europe/Berlin")
     assert (bob["user"], bob["groups"], bob["unlimited"]) == ("bob", ["admins", "staff"], True)
+
+
+OPEN = """
+groups:
+  everyone: {quotas: {some: {models: ["o3", "gpt-4.?"], requests: 5, per: day}}}
+  default: {unlimited: true}
+  staff: {quotas: {daily: {tokens: 1M, per: day}}}
+  lab: {models: ["gpt-*", "mine"], quotas: {daily: {tokens: 1M, per: day}}}
+  admins: {unlimited: true}
+  narrow: {quotas: {daily: {models: ["text-*", "o1"], tokens: 1M, per: day}}}
+users:
+  alice: {groups: [staff], keys: ["key-of-alice-0123456789abcdef"]}
+  bob: {groups: [lab], keys: ["key-of-bob-0123456789abcdef"]}
+  carol: {keys: ["key-of-carol-0123456789abcdef"]}
+  dave:
+    groups: [staff, admins]
+    keys:
+      - key-of-dave-0123456789abcdef
+      - {key: key-of-build-0123456789abcdef, groups: [staff], models: ["gpt-4o*", o3]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("user", "more", "models", "unlimited"),
+    [
+        ("alice", "", ["o3", "*"], False),
+        ("bob", "", ["mine", "gpt-*", "gpt-4.?"], False),
+        ("carol", "", ["o3", "*"], True),  # in no group, so that default applies
+        ("dave", "", ["o3", "*"], True),
+        ("build", "", ["o3", "gpt-4o*"], False),  # a key of dave that is limited to one group and some models
+        ("alice", "models: {mini: {}, '*': {}}\n", ["mini", "o3", "*"], False),
+        ("bob", "models: {mini: {}, gpt-5: {}, '*': {}}\n", ["gpt-5", "mine", "gpt-*", "gpt-4.?"], False),
+        ("alice", "models: {mini: {}, gpt-5: {}}\n", ["mini", "gpt-5"], False),
+        ("bob", "models: {mini: {}, gpt-5: {}}\n", ["gpt-5"], False),
+    ],
+)
+async def test_quota_says_which_models_one_may_use(
+    tmp_path: Path, user: str, more: str, models: list[str], unlimited: bool
+) -> None:
+    """If the list of models is open, the patterns of further names follow; `*` stands for all of them."""
+    async with stage(OPEN + more, folder=tmp_path) as on:
+        shown = (await on.get("/v1/quota", user=user)).json()
+    assert (shown["models"], shown["unlimited"]) == (models, unlimited)
+    assert shown["user"] == ("dave" if user == "build" else user)
 
 
 async def test_from_80_percent_on_an_answer_warns(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The admin listener as a whole: the API, metrics and health. The API listener serves nothing of it but health."""
+"""The admin listener: the page, the API, metrics and health. Of these, the API listener serves only health."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -9,17 +9,23 @@ from proxy.config.loader import Settings
 from proxy.errors import ClientLeft
 from proxy.identity.client_address import client_address
 from proxy.metrics import Metrics
-from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.admin.access import Access
 from proxy.web.admin.openapi import document
 from proxy.web.admin.operations import ALL_ROLES, JSON, AdminRequest, NoQuery, Operation, Operations, reads
 from proxy.web.admin.problems import answer_problems
 from proxy.web.health import HEALTH_PATHS, Health
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, validate_request
+from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, add_server_name, validate_request
+from proxy.web.pages.files import SAFE_HEADERS, Page
 from proxy.web.request_log import RequestLog
 
 METRICS_PATH = "/metrics"
-_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "server": SERVER_NAME}
+PAGE_PATH = "/admin/"
+# What an answer has unless it says otherwise, as the files of the page do.
+_HEADERS = {
+    **SAFE_HEADERS,
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
 
 
 class Admin:
@@ -40,6 +46,7 @@ class Admin:
         self._access = access
         self._settings = settings
         self._request_log = request_log
+        self._page = Page("admin", path=PAGE_PATH, files=PAGE_PATH.rstrip("/"))
         self._rows = [
             *operations,
             reads("/openapi.json", self._document, "Show this OpenAPI document.", dict[str, object], roles=ALL_ROLES),
@@ -56,7 +63,7 @@ class Admin:
                 self._check_host,
             ]
         )
-        application.on_response_prepare.append(_add_headers)
+        application.on_response_prepare.extend([add_server_name, _add_headers])
         api = Operations(
             self._rows,
             access=self._access,
@@ -64,13 +71,16 @@ class Admin:
             after_change=after_change,
         )
         metrics = web.get(METRICS_PATH, self._metrics_page)
-        application.router.add_routes([*self._health.routes(), metrics, *api.routes()])
+        to_page = [web.get(path, _redirect_to_page) for path in ("/", PAGE_PATH.rstrip("/"))]
+        pages = [*self._page.routes(), *to_page]
+        application.router.add_routes([*self._health.routes(), metrics, *api.routes(), *pages])
         return application
 
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         address = client_address(request.remote, request.headers.items(), self._settings.trusted_proxies)
-        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=address)
+        line = self._request_log.begin(_shown(request), address=address, headers=request.headers)
+        request[LOG_LINE] = line
         request[REQUEST_ID] = line.request_id
         status = None
         try:
@@ -79,8 +89,9 @@ class Admin:
             return response
         finally:
             is_watched = request.path in HEALTH_PATHS or (request.path == METRICS_PATH and status == 200)
-            if not is_watched:
-                self._request_log.write(line, status or line.sent_status or ClientLeft.status)
+            if not is_watched and not self._page.has_served(request, status):
+                status = status or line.sent_status or ClientLeft.status
+                self._request_log.write(line, status, is_counted=False)
 
     @web.middleware
     async def _check_host(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -100,9 +111,15 @@ class Admin:
         return web.Response(headers={"content-type": JSON}, body=self._document_bytes)
 
 
+async def _redirect_to_page(request: web.Request) -> web.Response:
+    # Relative, because a server in front can have put the listener below a path.
+    return web.Response(status=302, headers={"location": PAGE_PATH.lstrip("/")})
+
+
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Add what every answer has. A streamed one is sent before its handler returns, so this is no middleware."""
-    response.headers.update(_HEADERS)
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
 

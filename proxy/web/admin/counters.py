@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from proxy.administration.attention import Attention, attention
-from proxy.administration.change import NotFound
+from proxy.administration.change import REASON_CHARACTERS_MAX, NotFound
 from proxy.administration.counters import (
     RESETS_SHOWN_MAX,
     CounterFilter,
@@ -62,6 +62,7 @@ class ResetFields(Fields):
     user: str | None = Field(None, max_length=400)
     group: str | None = Field(None, max_length=100)
     quota: str | None = Field(None, max_length=201)
+    reason: str = Field("", max_length=REASON_CHARACTERS_MAX, description="Why. It is in the audit log.")
 
 
 class RefusalQuery(PageQuery):
@@ -179,7 +180,9 @@ class Counters:
         user = None if body.user is None else (await self._user(request, body.user)).identity.subject
         target = ResetTarget(user, body.group, body.quota)
         changes, began_at = request.changes(self._database, self._now), self._now()
-        done = await make_reset(changes, self._policies.current.policy, target, groups=request.groups)
+        done = await make_reset(
+            changes, self._policies.current.policy, target, groups=request.groups, reason=body.reason
+        )
         if done.quotas and not request.conditions.is_trial:
             # This process's measure of the database's clock can be wrong by some milliseconds.
             await self._show_reset(target, request.groups, began_at - _CLOCK_TOLERANCE_MS)

@@ -146,7 +146,7 @@ class UserAnswer:
 class KeyAnswer:
     """A key, without its text. Null for groups or models: all of them.
 
-    Instants are in ms since 1970; `used_at` is to the minute.
+    Instants are in ms since 1970; `used_at` is to the minute. `used_from` is the address of the last use.
     """
 
     id: str
@@ -160,6 +160,7 @@ class KeyAnswer:
     expires_at: int | None
     revoked_at: int | None
     used_at: int | None
+    used_from: str | None
     created_at: int | None
     created_by: str | None
     replaced_by: str | None

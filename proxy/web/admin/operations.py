@@ -59,7 +59,7 @@ _ETAG = r'(?:W/)?"[!#-~]*"'
 _ETAGS = re.compile(rf"\*|{_ETAG}(?:[ \t]*,[ \t]*{_ETAG})*")
 
 # Ms since 1970, up to the year 9999.
-Instant = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
+Instant = Annotated[int, Field(ge=0, le=253_402_300_799_999, json_schema_extra={"format": "epoch-ms"})]
 
 Q = TypeVar("Q")
 B = TypeVar("B")

@@ -61,7 +61,7 @@ async def check_policy(text: str, file: Config, database: DirectoryDatabase, *, 
     async with database.read() as connection:
         made = await read_made(connection, now)
         was, will = await asyncio.to_thread(lambda: (overlaid(file, made), overlaid(new, made)))
-        effects = await effects_of(connection, was.config, will.config, now=now)
+        effects, _ = await effects_of(connection, was.config, will.config, now=now)
     before, after = was.config.policy.groups, will.config.policy.groups
     quotas = (was.config.policy.quotas, will.config.policy.quotas)
     users = [{user.name for user in config.users} for config in (file, new)]

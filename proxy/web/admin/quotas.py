@@ -44,8 +44,10 @@ def _quota_fields() -> dict[str, Any]:
     """A field for each of the file's, which takes what the file takes, and null for none."""
     made: dict[str, Any] = {}
     for name, schema in field_schemas(QuotaSection).items():
-        taken = {"anyOf": [{key: value for key, value in schema.items() if key != "description"}, {"type": "null"}]}
-        made[name] = (Annotated[Any, WithJsonSchema(taken)], Field(None, description=schema.get("description")))
+        description = schema.pop("description", None)
+        marks = {key: schema.pop(key) for key in list(schema) if key.startswith("x-")}
+        taken = {"anyOf": [schema, {"type": "null"}], **marks}
+        made[name] = (Annotated[Any, WithJsonSchema(taken)], Field(None, description=description))
     return made
 
 
@@ -124,18 +126,20 @@ class NewGrantFields(Fields):
 
 @dataclass(frozen=True, slots=True)
 class QuotaAnswer:
-    """A quota after a change, and what the change does."""
+    """A quota after a change, and what the change does. `sentence` says what the quota allows whom."""
 
     quota: QuotaRecord
     effects: Effects
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaSetAnswer:
-    """Quotas after a change of all of them, and what the change does."""
+    """Quotas after a change of all of them, and what the change does. `sentences` has one for each of `data`."""
 
     data: tuple[QuotaRecord, ...]
     effects: Effects
+    sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,28 +344,29 @@ class Quotas:
         return Answer(record, etag=record.etag)
 
     async def _set(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
-        record, effects = await self._policy(request).set_quota(
+        record, effects, sentence = await self._policy(request).set_quota(
             request.path["group"], request.path["name"], _given(request.body)
         )
-        return Answer(QuotaAnswer(record, effects), etag=record.etag)
+        return Answer(QuotaAnswer(record, effects, sentence), etag=record.etag)
 
     async def _delete(self, request: AdminRequest[ChangeQuery, None]) -> EffectsAnswer:
         return EffectsAnswer(await self._policy(request).delete_quota(request.path["group"], request.path["name"]))
 
     async def _set_all(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
         wanted: dict[str, Mapping[str, object]] = {}
-        for each in request.body.quotas:
+        for number, each in enumerate(request.body.quotas):
             if each.name in wanted:
-                raise ChangeRefused("quotas.name", f"{each.name} is there twice; give each quota its own name")
+                text = f"{each.name} is there twice; give each quota its own name"
+                raise ChangeRefused(f"quotas.{number}.name", text)
             wanted[each.name] = _given(each, "name")
-        found, effects = await self._policy(request).set_quotas(request.path["group"], wanted)
-        return Answer(QuotaSetAnswer(found.data, effects), etag=found.etag)
+        found, effects, sentences = await self._policy(request).set_quotas(request.path["group"], wanted)
+        return Answer(QuotaSetAnswer(found.data, effects, tuple(sentences)), etag=found.etag)
 
     async def _set_model(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
         body = request.body
         wanted = [ModelQuota(each.group, _given(each, "group", "name"), each.name) for each in body.quotas]
-        found, effects = await self._policy(request).set_model_quotas(body.model, wanted)
-        return Answer(QuotaSetAnswer(found.data, effects), etag=found.etag)
+        found, effects, sentences = await self._policy(request).set_model_quotas(body.model, wanted)
+        return Answer(QuotaSetAnswer(found.data, effects, tuple(sentences)), etag=found.etag)
 
     # Grants
 

@@ -146,11 +146,16 @@ class ModelList:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamState:
-    """An upstream as one process sees it. Its last failure has its instant (ms), an outcome and a reason."""
+    """An upstream as one process sees it. Its last failure has its instant (ms), an outcome and a reason.
+
+    It has `in_flight` calls, and `waiting` calls wait for a slot of it.
+    """
 
     replica: str
     cooldown_until_at: int | None
     last_failure: dict[str, Any] | None
+    in_flight: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,7 @@ class UpstreamRecord:
     base_url: str
     has_api_key: bool
     on_disconnect: str
+    max_in_flight: int | None
     states: tuple[UpstreamState, ...]
 
 
@@ -284,6 +290,7 @@ class Reports:
                     upstream.base_url,
                     has_api_key=upstream.api_key is not None,
                     on_disconnect=upstream.on_disconnect,
+                    max_in_flight=upstream.max_in_flight,
                     states=tuple(_states(name, processes)),
                 )
                 for name, upstream in self._policies.config.catalog.upstreams.items()
@@ -391,7 +398,13 @@ def _model(name: str, model: Model) -> ModelRecord:
 
 def _states(upstream: str, processes: tuple[ReplicaRecord, ...]) -> list[UpstreamState]:
     return [
-        UpstreamState(process.replica, found.get("cooldown_until_at"), found.get("last_failure"))
+        UpstreamState(
+            process.replica,
+            found.get("cooldown_until_at"),
+            found.get("last_failure"),
+            in_flight=found.get("in_flight", 0),  # an older release does not write them
+            waiting=found.get("waiting", 0),
+        )
         for process in processes
         for found in process.status.get("upstreams", [])
         if found.get("name") == upstream

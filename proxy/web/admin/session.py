@@ -1,10 +1,15 @@
 """The login of the page: `/admin/api/session`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from aiohttp import web
 from pydantic import Field
 
+from proxy.config.loader import Settings
+from proxy.config.reload import Policies
+from proxy.identity.authentication import Snapshot
 from proxy.policy.admin import Role
 from proxy.web.admin.access import Access, Login
 from proxy.web.admin.operations import (
@@ -34,6 +39,9 @@ class SessionAnswer:
 
     `groups` are those of a manager, null for other roles. `grant_up_to` is in percent of a limit. `expires_at` is
     when the login ends (ms), null if the request carries the key itself.
+
+    A page also needs to know: `timezone` is that of calendar windows; `api_url` is the base URL of the API for SDKs,
+    null if the file says neither it nor a prefix. Then it is that of this host with `api_port`.
     """
 
     name: str
@@ -41,13 +49,26 @@ class SessionAnswer:
     groups: tuple[str, ...] | None
     grant_up_to: int | None
     expires_at: int | None
+    timezone: str
+    api_url: str | None
+    api_port: int
 
 
 class Sessions:
-    """Begins, shows and ends the login of a browser."""
+    """Begins, shows and ends the login of a browser. `api_port` gives the port of the API listener."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(
+        self,
+        access: Access,
+        policies: Policies[Snapshot],
+        *,
+        settings: Settings,
+        api_port: Callable[[], int],
+    ) -> None:
         self._access = access
+        self._policies = policies
+        self._settings = settings
+        self._api_port = api_port
 
     def operations(self) -> list[Operation]:
         """The rows."""
@@ -81,18 +102,35 @@ class Sessions:
         ]
 
     async def _show(self, request: AdminRequest[NoQuery, None]) -> SessionAnswer:
-        return _answer(request.login)
+        return self._answer(request.login, request.raw)
 
     async def _begin(self, request: AdminRequest[NoQuery, Credentials]) -> Answer:
         new = await self._access.log_in(request.raw, request.body.key)
-        return Answer(_answer(new.login), headers={"set-cookie": new.cookie})
+        return Answer(self._answer(new.login, request.raw), headers={"set-cookie": new.cookie})
 
     async def _end(self, request: AdminRequest[NoQuery, Any]) -> Answer:
         return Answer(None, headers={"set-cookie": await self._access.log_out(request.raw)})
 
+    def _answer(self, login: Login, request: web.Request) -> SessionAnswer:
+        admin = login.admin
+        return SessionAnswer(
+            admin.name,
+            admin.role,
+            admin.restricted_to,
+            grant_up_to=admin.grant_up_to if admin.role == "manager" else None,
+            expires_at=login.expires_at,
+            timezone=str(self._policies.current.policy.zone),
+            api_url=self._api_url(request),
+            api_port=self._api_port(),
+        )
 
-def _answer(login: Login) -> SessionAnswer:
-    admin = login.admin
-    share = admin.grant_up_to if admin.role == "manager" else None
-    groups = admin.restricted_to
-    return SessionAnswer(admin.name, admin.role, groups, share, login.expires_at)
+    def _api_url(self, request: web.Request) -> str | None:
+        settings = self._settings
+        if settings.api_url is not None:
+            return f"{settings.api_url}{settings.prefix}/v1"
+        if not settings.prefix:
+            return None
+        # The host and the scheme with which the browser addresses this listener; without a prefix the page does it.
+        is_tls = settings.admin_url is not None and settings.admin_url.startswith("https:")
+        url = request.url.origin().with_scheme("https" if is_tls else "http").with_port(self._api_port())
+        return f"{url}{settings.prefix}/v1"
