@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,8 +22,11 @@ from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.policy_rows import read_made
 from proxy.administration.records import UserRecord
 from proxy.config import values
-from proxy.config.loader import BadConfig, Config, ConfigFile
+from proxy.config.document import KeyPath
+from proxy.config.interpolation import Interpolator
+from proxy.config.loader import BadConfig, Config, ConfigFile, read_capped
 from proxy.config.overlay import overlaid
+from proxy.config.unresolved import load_without_secrets
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import Directory, FileDirectory, User, UserId
@@ -33,6 +36,7 @@ from proxy.policy.windows import Duration, parse_per
 from proxy.server import store_of, wall_clock_ms
 
 NO, WRONG = 1, 2
+_NAMES_SHOWN = 10
 
 T = TypeVar("T")
 Command = Callable[..., Any]
@@ -42,7 +46,8 @@ Command = Callable[..., Any]
 class Context:
     """The policy in force, the database, and what the commands do with them.
 
-    `config` is the file with what was made at run time, `file` is the file alone.
+    `config` is the file with what was made at run time, `file` is the file alone. `unread_keys` are the variables and
+    files with keys of users or header sources that could not be read, so those keys are not known.
     """
 
     config: Config
@@ -50,6 +55,7 @@ class Context:
     store: Store
     administration: DirectoryAdministration
     snapshot: Snapshot
+    unread_keys: tuple[str, ...] = ()
 
     @property
     def changes(self) -> Changes:
@@ -74,26 +80,75 @@ def dry_run_option(command: Command) -> Command:
     return click.option("--dry-run", is_flag=True, help="Only say what would change.")(command)
 
 
-def run(path: str, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
-    """Run a command on the database of the config at `path`. Errors that a person can mend have no traceback."""
-    file = load(path)
+def run(path: str, work: Callable[[Context], Coroutine[Any, Any, T]], *, asks_keys: bool = False) -> T:
+    """Run a command on the database of the config at `path`. Errors that a person can mend have no traceback.
+
+    A command that asks whose a key is has to say itself when `unread_keys` keep it from an answer.
+    """
+    file, unread = _loaded(path)
+    keys = _names(names for at, names in unread.items() if at[0] in ("users", "identity"))
+    _warn_of_unread([each for each in _names(unread.values()) if not asks_keys or each not in keys])
     try:
-        return uvloop.run(_with_context(file, work))
+        return uvloop.run(_with_context(file, keys, work))
     except ChangeRefused as error:
         give_up(str(error), NO)
     except (StoreUnavailable, StoreRefused, NewerSchema, OSError) as error:
         give_up(str(error), WRONG)
 
 
+def config_file(path: str) -> ConfigFile:
+    """The file at `path`, with the variables of this process."""
+    return ConfigFile(path, os.environ)
+
+
 def load(path: str) -> Config:
-    """The config in the file at `path`. Exits with its mistakes."""
+    """The config in the file at `path`, for a command that calls no upstream. Exits with its mistakes.
+
+    Secrets that can't be read do not matter then: standard error says which these are.
+    """
+    config, unread = _loaded(path)
+    _warn_of_unread(_names(unread.values()))
+    return config
+
+
+def _loaded(path: str) -> tuple[Config, Mapping[KeyPath, tuple[str, ...]]]:
     try:
-        return ConfigFile(path, os.environ).load()
+        return load_without_secrets(path, os.environ)
     except BadConfig as error:
         give_up(str(error), WRONG)
 
 
-async def _with_context(file: Config, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
+def _names(unread: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in unread for name in names))
+
+
+def _warn_of_unread(names: Sequence[str]) -> None:
+    if names:
+        text = f"warning: not read: {names_text(names)}; this command does not need them"
+        click.secho(text, fg="yellow", err=True)
+
+
+def names_text(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def database_url(text: str) -> str:
+    """A database's URL as in the config, with `${NAME}` and `${file:/path}`. Raises click.BadParameter."""
+    interpolator = Interpolator(os.environ, read_capped)
+    found = interpolator.interpolate(text)
+    if found.mistakes:
+        raise click.BadParameter("; ".join(found.mistakes))
+    try:
+        return values.database(found.text)
+    except ValueError as error:
+        raise click.BadParameter(interpolator.redact(str(error))) from None
+
+
+async def _with_context(
+    file: Config, unread_keys: tuple[str, ...], work: Callable[[Context], Coroutine[Any, Any, T]]
+) -> T:
     store = store_of(file.settings.database)
     try:
         await store.attach()
@@ -109,7 +164,7 @@ async def _with_context(file: Config, work: Callable[[Context], Coroutine[Any, A
         )
         directory = Directory(_Unchanged(store, now=wall_clock_ms), clock=lambda: 0.0, now=wall_clock_ms)
         snapshot = Snapshot.of(config, directory, wall_clock_ms)
-        return await work(Context(config, file, store, administration, snapshot))
+        return await work(Context(config, file, store, administration, snapshot, unread_keys))
     finally:
         await store.close()
 

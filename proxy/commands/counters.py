@@ -150,9 +150,12 @@ def _show_grants(config: Config, records: Sequence[GrantRecord], as_json: bool) 
 @click.argument("user", required=False)
 @click.option("--group", help="The counters of this group's quotas: its members' and its pots.")
 @click.option("--quota", metavar="GROUP/NAME", help="Only those of this quota.")
+@click.option("--reason", default="", help="Why, in one line; the audit log keeps it.")
 @dry_run_option
 @command_options
-def reset(user: str | None, group: str | None, quota: str | None, dry_run: bool, path: str, as_json: bool) -> None:
+def reset(
+    user: str | None, group: str | None, quota: str | None, reason: str, dry_run: bool, path: str, as_json: bool
+) -> None:
     """Set what USER, or with --group a group, has used to 0.
 
     Windows keep their beginnings and ends, and calls in flight are charged when they end.
@@ -161,7 +164,7 @@ def reset(user: str | None, group: str | None, quota: str | None, dry_run: bool,
     async def work(context: Context) -> Reset:
         subject = None if user is None else (await context.user(user)).identity.subject
         changes = context.changes.as_trial() if dry_run else context.changes
-        return await make_reset(changes, context.snapshot.policy, ResetTarget(subject, group, quota))
+        return await make_reset(changes, context.snapshot.policy, ResetTarget(subject, group, quota), reason=reason)
 
     done = run(path, work)
     if as_json:

@@ -19,6 +19,7 @@ from proxy.commands.context import (
     dry_run_option,
     duration_ms,
     give_up,
+    names_text,
     read_input,
     run,
     show,
@@ -37,6 +38,12 @@ from proxy.identity.keys import KEY_HEADERS, NewKey
 
 _IMPORT_COLUMNS = ("id", "email", "groups")
 _IMPORT_BYTES_MAX = 10_000_000
+# With these reasons, a key or token could be one of the file that is not known because it can't be read.
+_OPEN_REASONS = ("unknown", "malformed", "signed header: wrong signature")
+_UNREAD_KEYS = (
+    "keys of the file are not known here, and this may be one of them: {names} can't be read; set the variables, and "
+    "give this user the right to read the files (systemd has them only while the service runs)"
+)
 
 # --------------------------------------------------------------------------------------------------------------- keys
 
@@ -101,16 +108,21 @@ def keys_list(user: str | None, text: str, after: str, limit: int, path: str, as
 def keys_find(text: str | None, path: str, as_json: bool) -> None:
     """Find keys by a TEXT of their id, label or user; without it, those in a log or diff on standard input."""
 
-    async def work(context: Context) -> tuple[Config, list[KeyRecord]]:
-        if text is not None:
-            found = await context.administration.keys(text=text, limit=LISTED_MAX)
-            return context.config, found or await context.administration.find_keys(text)
-        return context.config, await context.administration.find_keys(read_input())
+    async def work(context: Context) -> tuple[Config, list[KeyRecord], tuple[str, ...]]:
+        found = [] if text is None else await context.administration.keys(text=text, limit=LISTED_MAX)
+        if found:
+            return context.config, found, ()
+        found = await context.administration.find_keys(read_input() if text is None else text)
+        # A text on standard input may have several keys, of which some are found and some are not known.
+        return context.config, found, context.unread_keys if text is None or not found else ()
 
-    config, found = run(path, work)
+    config, found, unread = run(path, work, asks_keys=True)
+    if found:
+        _show_keys(config, found, as_json)
+    if unread:
+        give_up(_UNREAD_KEYS.format(names=names_text(unread)), WRONG)
     if not found:
         give_up("There is no such key here.", NO)
-    _show_keys(config, found, as_json)
 
 
 @keys.command("show")
@@ -174,12 +186,13 @@ def _show_keys(config: Config, records: Iterable[KeyRecord], as_json: bool) -> N
     if as_json:
         show_json([record.as_json() for record in records])
         return
-    heads = ("ID", "USER", "LABEL", "LIMITS", "EXPIRES", "REVOKED", "LAST USED", "MADE BY")
+    heads = ("ID", "USER", "LABEL", "LIMITS", "EXPIRES", "REVOKED", "LAST USED", "USED FROM", "MADE BY")
     rows = []
     for record in records:
         key = record.key
         times = [time_text(config, at) for at in (key.expires_at, key.revoked_at, record.used_at)]
-        rows.append((key.id, record.owner.subject, key.label, _limits(record), *times, record.created_by))
+        names = (key.id, record.owner.subject, key.label, _limits(record))
+        rows.append((*names, *times, record.used_from, record.created_by))
     show_table(heads, rows)
 
 
@@ -415,13 +428,16 @@ def _show_users(config: Config, records: Iterable[UserRecord], as_json: bool) ->
 def whoami(peer: str, path: str, as_json: bool) -> None:
     """Say who a key or the headers on standard input are: one key, or lines such as `X-Forwarded-User: ann`."""
 
-    async def work(context: Context) -> Caller | ProxyError:
+    async def work(context: Context) -> tuple[Caller | ProxyError, tuple[str, ...]]:
         try:
-            return await context.snapshot.authentication.identify(_headers(read_input()), peer, peer)
+            return await context.snapshot.authentication.identify(_headers(read_input()), peer, peer), ()
         except ProxyError as error:
-            return error
+            is_open = isinstance(error, InvalidKey) and error.reason in _OPEN_REASONS
+            return error, context.unread_keys if is_open else ()
 
-    found = run(path, work)
+    found, unread = run(path, work, asks_keys=True)
+    if unread:
+        give_up(_UNREAD_KEYS.format(names=names_text(unread)), WRONG)
     if isinstance(found, ProxyError):
         reason = found.reason if isinstance(found, InvalidKey) else found.message
         if as_json:

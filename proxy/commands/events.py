@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,8 +65,7 @@ def _address(config: Config | None, url: str | None) -> str:
         admin = config.settings.admin
         if admin is None or admin.port == 0:
             raise click.UsageError("the config does not say where the admin listener is; give its address with --url")
-        host = _LOOPBACK.get(admin.host, admin.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{admin.port}{_PATH}"
+        return f"http://{replace(admin, host=_LOOPBACK.get(admin.host, admin.host))}{_PATH}"
     try:
         parts = urlsplit(url or "")
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)

@@ -89,7 +89,7 @@ def quotas_set(quota: str, dry_run: bool, path: str, as_json: bool, **options: A
     if not given:
         raise click.UsageError("say what to set, such as --tokens 200k --per day")
 
-    async def work(context: Context) -> tuple[QuotaRecord, Effects]:
+    async def work(context: Context) -> tuple[QuotaRecord, Effects, str]:
         administration = _administration(context, dry_run=dry_run)
         changes, kept = administration.changes, {}
         try:
@@ -109,12 +109,13 @@ def quotas_set(quota: str, dry_run: bool, path: str, as_json: bool, **options: A
                 give_up(f"--{error.field.replace('_', '-')}: {error}", NO)
             raise
 
-    record, effects = run(path, work)
+    record, effects, sentence = run(path, work)
     if as_json:
         [shown] = _RECORDS.dump_python((record,), mode="json")
-        show_json({"quota": shown, "effects": _EFFECTS.dump_python(effects, mode="json")})
+        show_json({"quota": shown, "effects": _EFFECTS.dump_python(effects, mode="json"), "sentence": sentence})
     else:
         _show([record])
+        click.echo(sentence, err=True)
         _show_effects(effects, is_trial=dry_run)
 
 

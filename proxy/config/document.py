@@ -45,11 +45,28 @@ _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _NOT_DECIMAL = re.compile(r"[-+]?0(?:o?[0-7_]+|x[0-9a-fA-F_]+|b[01_]+|[0-9_]+)")
 
 _TAB_INDENT = re.compile(r"^ *\t", re.MULTILINE)
+# The first line of other formats: a table of TOML, or `name = value` of TOML, INI and files of variables.
+_TOML = re.compile(r"\[[\w.\"-]+\]\s*(?:#.*)?|(?:export )?[\w.-]+ *= *\S.*")
+_MARKUP = re.compile(r"<[!?A-Za-z]")
+# A pattern that begins with an asterisk and is not in quotes, which YAML reads as an alias.
+_BARE_PATTERN = re.compile(r"(?:^|[\[{,:-])\s*\*")
+_NOT_YAML = (
+    "this is not YAML: it begins with [name] or name = value; write name: value, and indent what is in a section"
+)
 _TAG_MISTAKE = "YAML tags (!…) are not supported; remove the tag"
 
 # The C parser, if PyYAML was built with it. It emits the same events with the same lines, ten times as fast.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WRITER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def path_text(path: KeyPath) -> str:
+    """A key path as people write it: `users.alice.keys[1]`.
+
+    Names of admin keys are left out. An operator who writes `{key: name}` instead of `{name: key}` has a key there.
+    """
+    shown = (*path[:1], *path[2:]) if path[:1] == ("admin_keys",) else path
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in shown).removeprefix(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +79,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Diagnostic:
-    """A mistake or a warning with its file and its line, counted from 1."""
+    """A mistake or a warning with its file and its line, counted from 1.
+
+    `path` is its key path, as in `users.alice.keys[1]`; empty if it is about the file or about its syntax.
+    """
 
     file: str
     line: int
     text: str
+    path: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text}"
@@ -130,7 +151,8 @@ class Document:
 
     def locate(self, finding: Finding) -> Diagnostic:
         """The finding with its file and line, and with all interpolated values redacted."""
-        return Diagnostic(self.name, self.line(finding.path), _printable(finding.text, self.interpolator))
+        text, path = (_printable(each, self.interpolator) for each in (finding.text, path_text(finding.path)))
+        return Diagnostic(self.name, self.line(finding.path), text, path)
 
     def walk(self) -> Iterator[tuple[KeyPath, Node]]:
         """Every value of the file with its key path, mappings and lists before their content."""
@@ -205,23 +227,51 @@ def _parse(text: str) -> Iterable[yaml.Event]:
         yield from yaml.parse(text, Loader=_PARSER)
     except yaml.MarkedYAMLError as error:
         line = _line_number(error.problem_mark)
-        lines = text.splitlines()
-        problem_line = lines[line - 1] if line <= len(lines) else ""
-        raise _Unreadable(line, _explain_syntax_error(error.problem, problem_line)) from None
+        raise _Unreadable(line, _explain_syntax_error(error.problem, text.splitlines()[:line])) from None
 
 
 def _line_number(mark: object) -> int:
     return int(getattr(mark, "line", 0)) + 1  # marks count from 0
 
 
-def _explain_syntax_error(problem: str | None, line: str) -> str:
-    """The parser's reason, and the remedy for the likeliest cause that this line shows."""
+def _explain_syntax_error(problem: str | None, lines: list[str]) -> str:
+    """The parser's reason, and the remedy for the likeliest cause. The last line is the one with the problem."""
+    text, line = "\n".join(lines), lines[-1] if lines else ""
+    if _TOML.fullmatch(_first_line(lines)):
+        return _NOT_YAML
     if "\t" in line:
         return f"this is not YAML ({problem}); replace the tab with spaces"
-    if "${" in line:
+    if _has_bare_reference(text, from_line=len(lines)):
         # [${KEY}] fails because { begins a mapping inside of brackets; ["${KEY}"] works.
         return f"this is not YAML ({problem}); inside [ ] and {{ }}, put ${{…}} in quotes"
+    if _BARE_PATTERN.search(line):
+        return f"this is not YAML ({problem}); put a pattern that begins with * in quotes"
     return f"this is not YAML ({problem}); check the indentation, and quote text that contains : # or brackets"
+
+
+def _first_line(lines: list[str]) -> str:
+    """The first line that is neither blank nor a comment."""
+    stripped = map(str.strip, lines)
+    return next((line for line in stripped if line and not line.startswith("#")), "")
+
+
+def _has_bare_reference(text: str, *, from_line: int) -> bool:
+    """Whether a `${` without quotes stands inside of [ ] or { }, on a line from this one on (counted from 1)."""
+    depth, closing, line, before = 0, "", 1, "\n"
+    for index, letter in enumerate(text):
+        line += letter == "\n"
+        if closing:
+            closing = "" if letter == closing else closing
+        elif letter == "#" and before.isspace():
+            closing = "\n"
+        elif letter in "'\"" and (before.isspace() or before in "[{,:"):
+            closing = letter
+        elif depth and line >= from_line and text.startswith("${", index):
+            return True
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        before = letter
+    return False
 
 
 @dataclass(slots=True)
@@ -259,9 +309,7 @@ class _Builder:
         if self._root is None or self._root.value is None:
             raise _Unreadable(1, "the file is empty; write at least upstreams, groups and users")
         if not isinstance(self._root.value, dict):
-            raise _Unreadable(
-                self._root.line, 'the file must be a mapping; start lines such as "groups:" at the left margin'
-            )
+            raise _Unreadable(self._root.line, _explain_root(self._root.value))
         return self._root
 
     def _handle(self, event: yaml.Event) -> None:
@@ -294,7 +342,9 @@ class _Builder:
         node = self._anchors.get(anchor or "")
         if node is None:
             raise _Unreadable(
-                line, f"the alias *{anchor} is used before its anchor &{anchor} is complete; define &{anchor} first"
+                line,
+                f"the alias *{anchor} is used before its anchor &{anchor} is complete; define &{anchor} first, or "
+                f'put "*{anchor}" in quotes if it is a pattern',
             )
         return node
 
@@ -349,6 +399,9 @@ class _Builder:
         if isinstance(node.value, bool) or not isinstance(node.value, str | int) or node.value == "":
             self.add_mistake(line, 'this key is not a name; write a word, and quote words such as "null" or "true"')
             return None
+        if node.value == "<<" and node.is_bad:
+            mapping.is_bad = True  # what it lacks is probably in the other mapping
+            return None
         key = str(node.value)  # a user called 1001 may be listed without quotes
         if key in mapping.key_lines:
             self.add_mistake(line, f'"{key}" is already on line {mapping.key_lines[key]}; merge the two')
@@ -362,6 +415,14 @@ class _Builder:
             top.node.value[top.key] = node
             top.node.key_lines[top.key] = top.key_line
         top.awaits_key = True
+
+
+def _explain_root(value: "Scalar | list[Node]") -> str:
+    if isinstance(value, str) and _TOML.fullmatch(value):
+        return _NOT_YAML
+    if isinstance(value, str) and _MARKUP.match(value):
+        return "this is a page or XML, and not YAML; give the path of the file with the policy"
+    return 'the file must be a mapping; start lines such as "groups:" at the left margin'
 
 
 def _yaml_1_1_mistake(text: str) -> str | None:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from proxy.config.values import is_unicode
+
 _FILE_BYTES_MAX = 65_536
 # Shorter values are not redacted: keys of users and admins have at least 24 characters, and to redact a value such as
 # "a" would make every diagnostic unreadable.
@@ -147,22 +149,55 @@ def _query_part(query: str, hole: int) -> _Part:
 
 @dataclass(frozen=True, slots=True)
 class Interpolated:
-    """A text after interpolation, whether it contained any `${…}`, a mistake for each that failed, and warnings."""
+    """A text after interpolation, whether it contained any `${…}`, a mistake for each that failed, and warnings.
+
+    `unread` names the variables that are not set and the files that can't be read. Each is one of the mistakes.
+    """
 
     text: str
     is_interpolated: bool
     mistakes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+class Unread(ValueError):
+    """A variable is not set, or a file can't be read. `name` is that of the variable, or the path."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What is outside of quotas.yaml. `read_file` may raise OSError, or ValueError for a bad path."""
+
+    environ: Mapping[str, str]
+    read_file: ReadFile
+
+    def content(self, path: str) -> bytes:
+        """The content of a file. Raises Unread with the text of a mistake."""
+        try:
+            return self.read_file(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a valid path"
+            text = f'the file "{path}" can\'t be read ({reason}); check its path and its permissions'
+            raise Unread(path, text) from None
 
 
 class Interpolator:
     """Interpolates from `environ` and from files. `read_file` may raise OSError, or ValueError for a bad path."""
 
     def __init__(self, environ: Mapping[str, str], read_file: ReadFile) -> None:
-        self._environ = environ
-        self._read_file = read_file
+        self._outside = Outside(environ, read_file)
         self._inserted: set[str] = set()
         self._lengths: set[int] = set()
+
+    @property
+    def outside(self) -> Outside | None:
+        """Where it interpolates from; None if nothing outside of the text is to be read."""
+        return self._outside
 
     def interpolate(self, text: str) -> Interpolated:
         """Replace every `${…}` in the text. One that fails stays as it is and adds a mistake."""
@@ -171,12 +206,13 @@ class Interpolator:
             return Interpolated(literals[0], False)
         mistakes: list[str] = []
         warnings: list[str] = []
-        values = [self._value(reference, mistakes) for reference in references]
+        unread: list[str] = []
+        values = [self._value(reference, mistakes, unread) for reference in references]
         for index, part in enumerate(_parts_of(literals, values)):
             value, shown = values[index], f"${{{references[index][2].partition(':-')[0]}}}"
             if part is None or value is None:
                 continue
-            if not part.pattern.fullmatch(value) or not _is_unicode(value):
+            if not part.pattern.fullmatch(value) or not is_unicode(value):
                 mistakes.append(f"the value of {shown} is not {part.description}, which its place in the URL needs")
                 values[index] = None
             elif part is _CREDENTIAL:
@@ -184,14 +220,16 @@ class Interpolator:
                 values[index] = self._remember(quote(value, safe=""))
         for index, (reference, value) in enumerate(zip(references, values, strict=True)):
             literals[index] += reference[0] if value is None else value
-        return Interpolated("".join(literals), True, tuple(mistakes), tuple(warnings))
+        return Interpolated("".join(literals), True, tuple(mistakes), tuple(warnings), tuple(unread))
 
-    def _value(self, reference: re.Match[str], mistakes: list[str]) -> str | None:
+    def _value(self, reference: re.Match[str], mistakes: list[str], unread: list[str]) -> str | None:
         """What to put in for this `${…}`. None if it fails, which adds a mistake."""
         try:
             return self._look_up(reference[2], is_closed=bool(reference[3]))
         except ValueError as error:
             mistakes.append(str(error))
+            if isinstance(error, Unread):
+                unread.append(error.name)
             return None
 
     def redact(self, text: str) -> str:
@@ -224,11 +262,11 @@ class Interpolator:
             # The text is not quoted: it may be a key that was pasted in place of its variable's name.
             raise ValueError("this ${…} is not a name; write ${NAME}, ${NAME:-default} or ${file:/path}")
         name, has_default, default = match.groups()
-        value = self._environ.get(name)
+        value = self._outside.environ.get(name)
         if has_default and not value:
             return str(default)  # written in the file itself, so it is not redacted
         if value is None:
-            raise ValueError(f"{name} is not set in the environment; set it, or write ${{{name}:-default}}")
+            raise Unread(name, f"{name} is not set in the environment; set it, or write ${{{name}:-default}}")
         return self._remember(value)
 
     def _file_content(self, path: str) -> str:
@@ -236,13 +274,7 @@ class Interpolator:
             raise ValueError(
                 f'"{path}" is not an absolute path; write one that begins with /, as in ${{file:/run/secrets/name}}'
             )
-        try:
-            content = self._read_file(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a valid path"
-            raise ValueError(
-                f'the file "{path}" can\'t be read ({reason}); check its path and its permissions'
-            ) from None
+        content = self._outside.content(path)
         if len(content) > _FILE_BYTES_MAX:
             raise ValueError(
                 f'the file "{path}" is larger than {_FILE_BYTES_MAX} bytes; use a file with a single value'
@@ -272,15 +304,6 @@ def _split(text: str) -> tuple[list[str], list[re.Match[str]]]:
             literals.append("")
     literals[-1] += text[end:]
     return literals, references
-
-
-def _is_unicode(value: str) -> bool:
-    """Whether the value can be encoded. A variable of the environment that is not UTF-8 cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _credential_warnings(shown: str, value: str) -> Iterator[str]:

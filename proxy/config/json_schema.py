@@ -1,9 +1,11 @@
-"""The JSON Schema of quotas.yaml, with which an editor checks the file and shows the description of each key."""
+"""quotas.yaml for others: its JSON Schema, with which editors check it, and the page of documentation of its keys."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from proxy.config.schema import File, Section
+from proxy.config.schema import SECTIONS, File
+from proxy.config.section import Section
 
 
 def json_schema() -> str:
@@ -38,3 +40,53 @@ def field_schemas(section: type[Section]) -> dict[str, dict[str, Any]]:
     """The JSON Schema of each field of a section, by its key."""
     properties: dict[str, dict[str, Any]] = _tidy(section.model_json_schema())["properties"]
     return properties
+
+
+def settings_page() -> str:
+    """A page of Markdown with a table for each section: each key, what it takes, its default and its meaning."""
+    parts = [_INTRODUCTION]
+    for path, section in SECTIONS.items():
+        name = ".".join("*" if step is None else step for step in path) or "The file"
+        required = section.model_json_schema().get("required", ())
+        rows = [
+            f"| `{key}` | {_taken(field)} | {_default(field, is_required=key in required)} | {_meaning(field)} |"
+            for key, field in field_schemas(section).items()
+        ]
+        head = f"## {name}\n\n{section.__doc__}\n\n| key | takes | default | meaning |\n| --- | --- | --- | --- |\n"
+        parts.append(head + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Settings
+
+Every key of `quotas.yaml`, section by section; `*` stands for a name or for an entry of a list. The command
+`llm-quota-proxy schema --markdown` prints this page."""
+
+
+def _taken(field: Mapping[str, Any]) -> str:
+    """What a value may be, in a few words."""
+    if "enum" in field:
+        return ", ".join(f"`{word}`" for word in field["enum"])
+    if options := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(_taken(option) for option in options))
+    types = field.get("type", "object")
+    return " or ".join(_TYPES.get(each, each) for each in ([types] if isinstance(types, str) else types))
+
+
+_TYPES = {"string": "text", "integer": "number", "boolean": "`true`, `false`", "object": "mapping", "array": "list"}
+
+
+def _default(field: Mapping[str, Any], *, is_required: bool) -> str:
+    default = field.get("default")
+    if is_required:
+        return "required"
+    return (
+        "" if default in (None, "", [], {}) else f"`{default if isinstance(default, str) else json.dumps(default)}`"
+    )
+
+
+def _meaning(field: Mapping[str, Any]) -> str:
+    """The description, with an example if it has one. A bar would end the cell of the table."""
+    examples = field.get("examples", ())
+    example = f" Example: `{json.dumps(examples[0], ensure_ascii=False)}`." if examples else ""
+    return f"{field.get('description', '')}{example}".replace("|", "\\|")

@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from math import inf
+from shutil import which
 from urllib.parse import parse_qsl, urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config, FileUser, HeaderSource
-from proxy.config.messages import did_you_mean, finding_at
+from proxy.config.messages import finding_at
 from proxy.config.sentences import limit_text, matches_all, members_of, shown
-from proxy.formats.estimate import SMALLEST_ANSWER
+from proxy.config.suggestions import did_you_mean
 from proxy.formats.kinds import kind_of
 from proxy.formats.pieces import endpoint_by_piece
 from proxy.policy.amounts import Measure, Uses
-from proxy.policy.catalog import Catalog, Model
+from proxy.policy.catalog import Catalog, KeyCommand, Model
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
-from proxy.policy.quota import BoundQuotas, Globs, Limit, Quota
+from proxy.policy.quota import BoundQuotas, Globs, Limit, Quota, sample_name
 from proxy.policy.windows import Calendar
 
 Warnings = Iterator[Finding]
@@ -33,6 +34,8 @@ Warnings = Iterator[Finding]
 # Well-known models whose answers report no tokens: an open list of models accepts them without naming them.
 _WITHOUT_TOKENS = ("dall-e-3", "tts-1", "whisper-1")
 
+# Names of headers whose values are secrets.
+_NAME_OF_SECRET = re.compile("auth|cookie|key|secret|token|password", re.IGNORECASE)
 # For each calendar window those in which it always lies as a whole. A week can lie in two months, quarters or years.
 _CONTAINING = {
     "minute": ("minute", "hour", "day", "week", "month", "quarter", "year"),
@@ -64,6 +67,7 @@ def warnings(config: Config, now: int) -> tuple[Diagnostic, ...]:
         *_secrets_in_plain_text(config),
         *_of_policy(config),
         *_link_local_upstreams(config.catalog),
+        *_network_settings_without_effect(config),
     ]
     located = (config.document.locate(finding) for finding in findings)
     return tuple(sorted([*config.document.warnings, *located]))
@@ -84,6 +88,7 @@ def _of_policy(config: Config) -> Warnings:
     yield from _aliases_without_quota(config)
     yield from _quotas_on_names_of_an_open_list(config)
     yield from _models_without_maximum(config)
+    yield from _unlisted_models(config)
     yield from _models_without_tokens(config)
 
 
@@ -222,14 +227,20 @@ def _limits_too_small(config: Config) -> Warnings:
                 and limit.measure.counts_output
                 and limit.maximum < _smallest_answer(config.catalog, group, quota)
             ):
-                text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never admitted"
+                text = (
+                    f"calls that ask for a longer answer than {limit.maximum:,} tokens are never admitted, because "
+                    "smallest_answer is larger"
+                )
                 yield Finding((*path, limit.measure), f"{quota.id}: {text}")
 
 
 def _smallest_answer(catalog: Catalog, group: Group, quota: Quota) -> int:
-    """The least `smallest_answer` of the models that this quota applies to, in tokens."""
+    """The least `smallest_answer` of the models that this quota applies to, in tokens.
+
+    0 if one of them has none: then the smallest answer is at most a tenth of the limit.
+    """
     models = [model for name, model in (catalog.models or {}).items() if quota in group.quotas_for(name)]
-    return min((model.smallest_answer or SMALLEST_ANSWER for model in models), default=SMALLEST_ANSWER)
+    return min((model.smallest_answer or 0 for model in models), default=catalog.smallest_answer or 0)
 
 
 def _quotas_that_never_refuse(config: Config) -> Warnings:
@@ -389,11 +400,11 @@ def _quotas_on_names_of_an_open_list(config: Config) -> Warnings:
 
 def _is_avoidable(policy: Policy, quota: Quota, groups: tuple[str, ...]) -> bool:
     """Whether users in these groups are bound by less on some name that the quota does not match."""
-    names = [name for text in quota.models.texts if quota.models.match(name := _sample(text))]
+    names = [name for text in quota.models.texts if quota.models.match(name := sample_name(text))]
     bindings = [binding for name in names if (binding := policy.binding(groups, name)) and quota in binding.quotas]
     other_names = [
         name
-        for name in map(_sample, _patterns_of_other_names(policy, groups))
+        for name in map(sample_name, _patterns_of_other_names(policy, groups))
         if not quota.models.match(name) and policy.may_use(groups, name)
     ]
     others = [other for name in other_names if (other := policy.binding(groups, name))]
@@ -417,12 +428,6 @@ def _is_bound_by_less(other: BoundQuotas, binding: BoundQuotas, quota: Quota) ->
     if any(quota not in each.quotas and each.quotas == binding.always for each in alternatives):
         return False
     return any(each not in alternatives and not _is_as_tight(each.quotas, quota) for each in other.alternatives())
-
-
-def _sample(pattern: str) -> str:
-    """A name that the pattern matches, and that patterns for other names do not: `gpt-~other~` of `gpt-*`."""
-    without_sets = re.sub(r"\[(!?)(.)[^\]]*\]", lambda found: "~" if found[1] else found[2], pattern)
-    return without_sets.replace("*", "~other~").replace("?", "~")
 
 
 def _is_as_tight(others: tuple[Quota, ...], quota: Quota) -> bool:
@@ -458,13 +463,37 @@ def _models_without_maximum(config: Config) -> Warnings:
         # Anthropic requires a maximum in every call; the simulator's answers have a maximum of their own.
         is_bounded = all(kind_of(target.upstream.kind).bounds_answers for target in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
-        # Embedding models have no output, and others no output in tokens. The name is all that tells them apart.
-        has_no_tokens = "embed" in model.upstream_model or endpoint_by_piece(model.upstream_model) is not None
+        # Models that embed or rerank have no output, and others no output in tokens. Only the names tell them apart.
+        has_no_output = any(word in model.upstream_model for word in ("embed", "rerank"))
+        has_no_tokens = has_no_output or endpoint_by_piece(model.upstream_model) is not None
         if name == "*" or is_known or has_no_tokens:
             continue
         if quota := _exact_output_quota(config, name):
             text = f"a whole answer may take {quota.id} over its limit if its call states no maximum"
             yield Finding(("models", name), f"{text}; write max_output_tokens")
+
+
+def _unlisted_models(config: Config) -> Warnings:
+    """An open list of models, of whose other models nothing is known: an exact quota may end over its limit.
+
+    One warning names the first such quota.
+    """
+    catalog, members = config.catalog, members_of(config)
+    if all(kind_of(upstream.kind).bounds_answers for upstream in catalog.open_upstreams):
+        return  # also for a closed list, which has no such upstreams
+    for _, group, quota in _quotas(config.policy):
+        if not members[group.name] or not _counts_output_exactly(quota):
+            continue
+        names = [sample_name(text) for globs in (quota.models, group.models or quota.models) for text in globs.texts]
+        if any(quota in group.quotas_for(name) and not catalog.lists(name) for name in names):
+            text = (
+                "any model name is accepted, and the file states neither max_output_tokens nor context of models "
+                "that are not listed: a whole answer whose call states no maximum, or input that a request does not "
+                f"show, may take {quota.id} over its limit; list the models under models, with both"
+            )
+            listed = catalog.models is not None
+            yield Finding(("models", "*") if listed else ("upstreams", catalog.open_upstreams[0].name), text)
+            return
 
 
 def _models_without_tokens(config: Config) -> Warnings:
@@ -519,14 +548,11 @@ def _exact_output_quota(config: Config, model: str) -> Quota | None:
     quotas = (
         quota for group in config.policy.groups.values() if members[group.name] for quota in group.quotas_for(model)
     )
-    return next(
-        (
-            quota
-            for quota in quotas
-            if quota.enforce == "exact" and any(limit.measure.counts_output for limit in quota.limits)
-        ),
-        None,
-    )
+    return next(filter(_counts_output_exactly, quotas), None)
+
+
+def _counts_output_exactly(quota: Quota) -> bool:
+    return quota.enforce == "exact" and any(limit.measure.counts_output for limit in quota.limits)
 
 
 def _link_local_upstreams(catalog: Catalog) -> Warnings:
@@ -542,6 +568,51 @@ def _link_local_upstreams(catalog: Catalog) -> Warnings:
             yield Finding(("upstreams", name, "base_url"), text)
 
 
+def missing_programs(config: Config) -> tuple[Diagnostic, ...]:
+    """Warnings about commands of keys whose programs this machine does not have.
+
+    Apart from the others, because those are also given to administrators who send a text: it must not be able to look
+    for files here.
+    """
+    findings = (
+        finding_at(
+            ("upstreams", name, "api_key", "command", 0),
+            "this machine has no such program; install it, or write its whole path",
+        )
+        for name, upstream in config.catalog.upstreams.items()
+        if isinstance(upstream.api_key, KeyCommand) and which(upstream.api_key.program) is None
+    )
+    return tuple(sorted(map(config.document.locate, findings)))
+
+
+def _network_settings_without_effect(config: Config) -> Warnings:
+    several = {
+        target.upstream.name
+        for model in (config.catalog.models or {}).values()
+        for target in model.targets
+        if model.others
+    }
+    for name, upstream in config.catalog.upstreams.items():
+        transport, path = upstream.transport, ("upstreams", name)
+        first_byte_ms = transport.first_byte_timeout_ms
+        if transport.ca is not None and upstream.base_url.startswith("http:"):
+            yield finding_at((*path, "ca"), "base_url has http://, so there is no certificate to check; remove this")
+        if first_byte_ms is None:
+            continue
+        if first_byte_ms >= transport.idle_timeout_ms:
+            text = "idle_timeout ends the call before this time; write a shorter one"
+        elif name not in several:
+            text = (
+                "no model has another upstream beside this one, so a call fails after this time instead of being "
+                "moved; add one to upstreams of a model, or remove this"
+            )
+        elif first_byte_ms >= config.policy.retry_for_ms:
+            text = "retry_for is over by then, so a call fails instead of being moved; write a shorter one"
+        else:
+            continue
+        yield finding_at((*path, "first_byte_timeout"), text)
+
+
 def _secrets_in_plain_text(config: Config) -> Warnings:
     for path, node in config.document.walk():
         if not node.is_interpolated and _is_plain_secret(path, node.value):
@@ -554,8 +625,14 @@ def _is_plain_secret(path: KeyPath, value: object) -> bool:
             return not isinstance(value, dict) and not str(value).startswith("sha256:")
         case ("admin_keys", _, "key") | ("users", _, "keys", _, "key") | ("identity", "headers", _, "key"):
             return not str(value).startswith("sha256:")
-        case ("upstreams", _, "api_key") | ("identity", "headers", _, "signed", "secret"):
+        case ("upstreams", _, "api_key"):
+            return not isinstance(value, dict)
+        case ("upstreams", _, "api_key", "oauth", "client_secret") | ("identity", "headers", _, "signed", "secret"):
             return True
+        case ("upstreams", _, "headers", name):
+            return _NAME_OF_SECRET.search(str(name)) is not None
+        case ("upstreams", _, "proxy"):
+            return urlsplit(str(value)).password is not None
         case ("database",):
             url = urlsplit(str(value))
             return url.password is not None or "password" in dict(parse_qsl(url.query))

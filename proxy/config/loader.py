@@ -19,22 +19,21 @@ from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
 
 from proxy.config import values
+from proxy.config.catalog import catalog_of
 from proxy.config.document import BYTES_MAX, Diagnostic, Document, Finding, KeyPath, Node, read_document
 from proxy.config.interpolation import Interpolator, ReadFile
-from proxy.config.messages import did_you_mean, finding_at, read_file
+from proxy.config.messages import finding_at, foreign_file, read_file
 from proxy.config.schema import AdminKey as AdminKeySection
-from proxy.config.schema import Allow as AllowSection
 from proxy.config.schema import File, MappedGroup, UserKey
 from proxy.config.schema import Group as GroupSection
 from proxy.config.schema import HeaderSource as HeaderSourceSection
-from proxy.config.schema import Model as ModelSection
 from proxy.config.schema import Quota as QuotaSection
 from proxy.config.schema import SignedHeader as SignedHeaderSection
 from proxy.config.schema import User as UserSection
-from proxy.formats.kinds import kind_of
+from proxy.config.suggestions import did_you_mean
 from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.admin import GRANT_UP_TO, Admin
-from proxy.policy.catalog import Allow, Catalog, Model, Secret, Upstream
+from proxy.policy.catalog import Catalog, Secret
 from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
@@ -69,6 +68,9 @@ class Address:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -95,10 +97,12 @@ class ConnectionLimits:
 class Settings:
     """What takes effect only at a restart. `admin` is None if that listener is off; `cors` has origins, or "*".
 
-    `admin_url` is the origin at which browsers reach the admin listener, and `admin_hosts` are further names of it.
+    `api_url` and `admin_url` are the origins at which clients reach the listeners; `admin_hosts` are further names of
+    the admin listener. `prefix` is what all paths of the API begin with, such as /llm; empty: nothing.
 
-    Two are not in the file. The hidden option `--lease` of `serve` sets `lease_ms`; None means the ledger's default.
-    Its option `--new-database` sets `may_be_new_database`: a database that is gone is made anew.
+    Three are options of `serve` instead. The hidden `--lease` sets `lease_ms`; None means the ledger's default.
+    `--new-database` sets `may_be_new_database`: a database that is gone is made anew. `--no-migrate` clears
+    `migrates`: the schema is only checked.
     """
 
     api: Address
@@ -107,10 +111,14 @@ class Settings:
     cors: tuple[str, ...] = ()
     connection_limits: ConnectionLimits = ConnectionLimits()
     trusted_proxies: tuple[Network, ...] = ()
+    api_url: str | None = None
     admin_url: str | None = None
     admin_hosts: tuple[str, ...] = ()
+    prefix: str = ""
+    shutdown_delay_s: float = 5.0
     lease_ms: int | None = None
     may_be_new_database: bool = False
+    migrates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +216,24 @@ class Config:
     def restart_only(self) -> Mapping[str, object]:
         """The sections that a reload does not change, by name, for comparison with those in force."""
         settings = self.settings
-        server = replace(settings, database="", lease_ms=None, may_be_new_database=False)
+        server = replace(settings, database="", lease_ms=None, may_be_new_database=False, migrates=True)
         return {"server": server, "database": settings.database}
 
 
 def load(path: str, environ: Mapping[str, str], read_bytes: ReadFile | None = None) -> Config:
     """Load the file at `path`, with `${NAME}` from `environ`. Raises BadConfig."""
     read_bytes = read_bytes or read_capped
+    return _load(read_source(path, read_bytes), path, Interpolator(environ, read_bytes))
+
+
+def read_source(path: str, read_bytes: ReadFile) -> bytes:
+    """The bytes of the file at `path`. Raises BadConfig."""
     try:
-        source = read_bytes(path)
+        return read_bytes(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a valid path"
         text = f"the file can't be read ({reason}); check its path and its permissions"
         raise BadConfig([Diagnostic(path, 1, text)]) from None
-    return _load(source, path, Interpolator(environ, read_bytes))
 
 
 def load_text(
@@ -247,7 +259,7 @@ Fingerprint = tuple[int, ...] | None
 
 
 class ConfigFile:
-    """The file at `path` and those that its `${file:…}` name. Knows which of them have changed since the last load.
+    """The file at `path` and those that its `${file:…}` and `ca` name. Knows which have changed since the last load.
 
     A path is looked up anew each time. So a symbolic link that now leads to another file is a change, also one in the
     middle of the path: this is how Kubernetes replaces the files of a mounted secret.
@@ -263,7 +275,7 @@ class ConfigFile:
         loaded: dict[str, Fingerprint] = {}
 
         def read(path: str) -> bytes:
-            # Before the file is read, and for a file with two `${file:…}` before it is read for the first time. So a
+            # Before the file is read, and for a file that is named twice before it is read for the first time. So a
             # change in between is found by the next check.
             if path not in loaded:
                 loaded[path] = _fingerprint(path)
@@ -294,6 +306,8 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
     document = read_document(source, name, interpolator)
     if document.data is None:
         raise BadConfig(document.mistakes)
+    if foreign := foreign_file(document.data):
+        raise BadConfig([document.locate(foreign)])
     file, findings = checked(document, document.data)
     mistakes = [document.locate(finding) for finding in findings if not document.is_bad(finding.path)]
     if file is None or mistakes or document.mistakes:
@@ -303,7 +317,7 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
 
 def checked(document: Document, data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, ...]]:
     """The validated file, None if its shape has mistakes, and the mistakes of this data of a document."""
-    file, findings = read_file(data)
+    file, findings = read_file(data, document.interpolator.outside)
     return file, (*findings, *_cross_section_findings(document, data))
 
 
@@ -312,7 +326,13 @@ def config_of(file: File, document: Document, data: Mapping[str, object]) -> Con
     return Config(
         settings=_settings(file),
         policy=_policy(file, _hash(data)),
-        catalog=_catalog(file),
+        catalog=catalog_of(
+            file.upstreams,
+            file.models,
+            file.default_upstream,
+            smallest_answer=file.smallest_answer,
+            outside=document.interpolator.outside,
+        ),
         users=tuple(_user(name, section, file) for name, section in file.users.items()),
         admin_keys=dict(_admin(name, section) for name, section in file.admin_keys.items()),
         document=document,
@@ -547,8 +567,11 @@ def _settings(file: File) -> Settings:
             body_memory_bytes=file.server.body_memory,
         ),
         trusted_proxies=tuple(file.server.trusted_proxies),
+        api_url=file.server.api_url,
         admin_url=file.server.admin_url,
         admin_hosts=tuple(file.server.admin_hosts),
+        prefix=file.server.prefix or "",
+        shutdown_delay_s=file.server.shutdown_delay / 1000,
     )
 
 
@@ -627,60 +650,6 @@ def _signed_header(section: SignedHeaderSection) -> SignedHeader:
         email=section.email,
         groups=section.groups,
     )
-
-
-def _catalog(file: File) -> Catalog:
-    upstreams = {
-        name: Upstream(
-            name,
-            section.base_url,
-            section.api_key,
-            kind=section.kind,
-            on_disconnect=section.effective_on_disconnect(),
-            api_version=section.api_version,
-            allow=_allow(section.allow),
-            extra_usage=tuple(dict.fromkeys(section.extra_usage)),
-            refuse=frozenset(section.refuse),
-            naming=kind_of(section.kind).naming,
-        )
-        for name, section in file.upstreams.items()
-    }
-    default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")
-    models = None if file.models is None else _models(file, upstreams, default)
-    return Catalog(upstreams, models, upstreams.get(default))
-
-
-def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict[str, Model]:
-    models = (file.models or {}).items()
-    return {name: _model(name, section, upstreams=upstreams, default=default) for name, section in models}
-
-
-def _model(name: str, section: ModelSection, *, upstreams: Mapping[str, Upstream], default: str) -> Model:
-    single = (section.upstream or default, section.model, 1)
-    targets = [(target.upstream, target.model, target.weight) for target in section.upstreams or ()] or [single]
-    first, *others = (
-        Model(
-            name=name,
-            upstream=upstreams[upstream],
-            upstream_model=served_name or name,
-            max_output_tokens=section.max_output_tokens,
-            context=section.context,
-            encoding=section.encoding,
-            reasoning=section.reasoning,
-            smallest_answer=section.smallest_answer,
-            tokens_per_request=section.tokens_per_request,
-            tokens_per_image=section.tokens_per_image,
-            weight=weight,
-            allow=None if section.allow is None else _allow(section.allow),
-        )
-        for upstream, served_name, weight in targets
-    )
-    return replace(first, others=tuple(others))
-
-
-def _allow(section: AllowSection) -> Allow:
-    tools, tiers, betas = (frozenset(names) for names in (section.tools, section.service_tiers, section.betas))
-    return Allow(tools, tiers, betas, section.store)
 
 
 def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:

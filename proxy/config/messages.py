@@ -5,14 +5,17 @@ quote the input, which may be a secret, and name Python's types instead of YAML'
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+import re
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.config.document import Finding, KeyPath
-from proxy.config.schema import EMPTY, IS_MAPPING, IS_TEXT, File, Quota, section_at
+from proxy.config.document import Finding, KeyPath, path_text
+from proxy.config.interpolation import Outside
+from proxy.config.schema import File, Group, Quota, section_at, sections_with
+from proxy.config.section import EMPTY, IS_MAPPING, IS_TEXT
+from proxy.config.suggestions import did_you_mean, similar_word
 
 # A report shows 100 mistakes; this only bounds the work for a file with a hundred thousand.
 _FINDINGS_MAX = 1000
@@ -27,14 +30,49 @@ _TEXTS = {
     "string_too_short": "this is empty; write at least one character, or remove the key",
     "string_too_long": "this is too long; write at most 1000 characters",
 }
+_LIST = 'this must be a mapping and not a list; write "name:" in place of each "- ", and the rest indented below it'
+_UNNAMED_QUOTA = "each quota has a name: write quotas: {daily: {tokens: 200k, per: day}}"
+# Sections at the top of files of other programs, and what to do with such a file.
+_FOREIGN = {
+    **dict.fromkeys(
+        ("model_list", "litellm_settings", "general_settings", "router_settings"),
+        ("LiteLLM", "docs/litellm.md of this project says what its settings are called here"),
+    ),
+    "services": ("Docker Compose", "give the path of the file with the policy, as in --config quotas.yaml"),
+    "apiVersion": ("Kubernetes", "write the policy alone into a file, as the data of a ConfigMap is mounted"),
+}
+# What else to say of values that are not allowed, by their keys.
+_NOTES: Mapping[str | int, str] = {"kind": "openai is right for OpenRouter, LiteLLM and most others"}
 
 
-def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, ...]]:
-    """The validated file, or None and a finding for each mistake in its shape."""
+def read_file(data: Mapping[str, object], outside: Outside | None = None) -> tuple[File | None, tuple[Finding, ...]]:
+    """The validated file, or None and a finding for each mistake in its shape.
+
+    Without `outside`, the files that it names are not read.
+    """
     try:
-        return File.model_validate(data), ()
+        return File.model_validate(data, context=outside), ()
     except ValidationError as error:
-        return None, tuple(_finding(detail) for detail in error.errors(include_url=False)[:_FINDINGS_MAX])
+        details = error.errors(include_url=False)[:_FINDINGS_MAX]
+        misspelled = {_meant_key(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"}
+        return None, tuple(
+            _finding(detail) for detail in details if detail["type"] != "missing" or detail["loc"] not in misspelled
+        )
+
+
+def _meant_key(path: KeyPath) -> KeyPath:
+    """The path of the key that was probably meant by an unknown one: that is not missing too."""
+    meant = similar_word(str(path[-1]), section_at(path).named_fields())
+    return path if meant is None else (*path[:-1], meant)
+
+
+def foreign_file(data: Mapping[str, object]) -> Finding | None:
+    """That this is a file of another program, if it is one."""
+    key = next((key for key in _FOREIGN if key in data), None)
+    if key is None or "upstreams" in data:
+        return None
+    program, remedy = _FOREIGN[key]
+    return Finding((key,), f'this is a file for {program}, because it has "{key}"; {remedy}')
 
 
 def read_quota(document: Mapping[str, object]) -> tuple[Quota | None, tuple[Finding, ...]]:
@@ -59,25 +97,14 @@ def _in_quota(detail: ErrorDetails) -> Finding:
 
 
 def with_path(path: KeyPath, text: str) -> str:
-    """The text with its key path in front: `users.alice.keys[1]: …`.
-
-    Names of admin keys are left out. An operator who writes `{key: name}` instead of `{name: key}` has a key there.
-    """
-    shown = (*path[:1], *path[2:]) if path[:1] == ("admin_keys",) else path
-    prefix = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in shown).removeprefix(".")
+    """The text with its key path in front: `users.alice.keys[1]: …`."""
+    prefix = path_text(path)
     return f"{prefix}: {text}" if prefix else text
 
 
 def finding_at(path: KeyPath, text: str) -> Finding:
     """A finding whose text begins with its key path."""
     return Finding(path, with_path(path, text))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean "…"?` with the most similar known word, or an empty text if none is similar."""
-    # 50 characters, because the comparison takes quadratic time and a word may be megabytes long.
-    matches = get_close_matches(word[:50], list(known), n=1)
-    return f'did you mean "{matches[0]}"?' if matches else ""
 
 
 def _finding(detail: ErrorDetails) -> Finding:
@@ -93,17 +120,53 @@ def _finding(detail: ErrorDetails) -> Finding:
     if detail["input"] is None:
         text = EMPTY
     elif kind == "literal_error":
-        text = f"this is not an allowed value; write {context['expected'].replace(chr(39), '')}"
+        text = _not_allowed(path, detail["input"], context["expected"])
+    elif kind in ("dict_type", "model_type"):
+        text = _no_mapping(path, detail["input"], kind)
     else:
         text = str(context["error"]) if kind == "value_error" else _TEXTS[kind]
     return finding_at(path, text)
 
 
+def _not_allowed(path: KeyPath, value: object, expected: str) -> str:
+    """`expected` is pydantic's list of the allowed words: `'exact', 'after' or 'shadow'`."""
+    allowed = re.findall(r"'([^']*)'", expected)
+    hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    text = f"this is not an allowed value; {hint or f'write {expected.replace(chr(39), str())}'}"
+    return f"{text}; {_NOTES[path[-1]]}" if path and path[-1] in _NOTES and not hint else text
+
+
+def _no_mapping(path: KeyPath, value: object, kind: str) -> str:
+    match path:
+        case ("groups", _, "quotas", str() as key) if key in Quota.named_fields():
+            return _UNNAMED_QUOTA
+    if isinstance(value, list):
+        return _LIST
+    return _TEXTS[kind]
+
+
 def _unknown_key(path: KeyPath) -> str:
-    section = section_at(path)
+    section, key = section_at(path), str(path[-1])
     keys = section.named_fields()
-    hint = did_you_mean(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
-    return f'"{path[-1]}" is not a key of {section.display_name}; {hint}'
+    if section is Group and key in Quota.named_fields() and key != "models":
+        return f'"{key}" is not a key of a group, but of a quota; {_UNNAMED_QUOTA}'
+    if re.fullmatch("[0-9]{3}.*", key):
+        return f'"{key}" is not a key of {section.display_name}; write a number without commas, as in 200_000'
+    hint = did_you_mean(key, keys) or _elsewhere(path, key) or f"write one of {', '.join(keys)}"
+    return f'"{key}" is not a key of {section.display_name}; {hint}'
+
+
+def _elsewhere(path: KeyPath, key: str) -> str:
+    """What to do about a key that other sections have, or that is below the name of a section of the file."""
+    if len(path) == 1 and key in _FOREIGN:
+        program, remedy = _FOREIGN[key]
+        return f"it is a section of {program}: {remedy}"
+    if len(path) > 2 and path[-2] in File.named_fields():
+        return f'if "{path[-2]}" is meant to be the section of the file, begin its line at the left margin'
+    if others := sections_with(key):
+        names = " or ".join(other.display_name for other in others)
+        return f"it is a key of {names}: check the indentation of this line"
+    return ""
 
 
 def _missing_key(path: KeyPath) -> str:

@@ -73,11 +73,18 @@ class Policies(Generic[InForce]):
         self._metrics = metrics
         self._now = now
         self._confirm: Callable[[], Awaitable[object]] = _nothing
+        self._on_replaced: Callable[[InForce], object] = lambda in_force: None
         metrics.reloaded_at.set(now() / 1000)
+        metrics.set_policy_hash(config.policy.hash)
 
     def confirm_with(self, confirm: Callable[[], Awaitable[object]]) -> None:
         """Await `confirm` whenever a call asks for admission; it may bring what was changed into force."""
         self._confirm = confirm
+
+    def on_replaced(self, notify: Callable[[InForce], object]) -> None:
+        """Call `notify` with what is in force, now and whenever it is replaced."""
+        self._on_replaced = notify
+        notify(self.current)
 
     async def confirmed(self) -> InForce:
         """What is in force for a call that asks for admission now."""
@@ -127,12 +134,18 @@ class Policies(Generic[InForce]):
         found, current = await asyncio.to_thread(self._overlaid_and_built, file, made)
         was_file, was = self.file, self.config
         self.file, self._made, self.config, self.current = file, made, found.config, current
-        before, after = was.policy.quotas.keys(), found.config.policy.quotas.keys()
+        self._metrics.set_policy_hash(found.config.policy.hash)
+        self._on_replaced(current)
+        before, after = was.policy.quotas, found.config.policy.quotas
         ignored = [name for name, value in file.restart_only.items() if value != was_file.restart_only[name]]
         if ignored:
             log.warning("these sections change only with a restart", sections=ignored)
-        # A counter belongs to a quota's id. A renamed quota is a new one, whose counters start at 0.
-        starting, gone = sorted(after - before), sorted(before - after)
+        # A counter belongs to a quota's id, and to a member or to the group. So the counters of a renamed quota start
+        # at 0, and so do those of one whose `shared` has changed.
+        starting = [
+            id for id, quota in sorted(after.items()) if id not in before or before[id].shared != quota.shared
+        ]
+        gone = sorted(before.keys() - after.keys())
         if file is was_file:
             self.last_reload = replace(self.last_reload, without_effect=found.without_effect)
         else:

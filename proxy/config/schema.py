@@ -1,154 +1,59 @@
 """The shape of quotas.yaml: every key with its type, its default and its description.
 
-`File` is the whole file, and each other `Section` is one of its mappings. The types of single values come first: each
-combines a rule of `values` with what the JSON Schema says about it. `json_schema` renders the JSON Schema, in which
-the descriptions below are what an editor shows.
-
-An unknown key is a mistake. So is a key without a value: YAML reads `tokens:` as null, which would be a limit that
-silently does not exist.
+`File` is the whole file, and each other `Section` is one of its mappings; those of upstreams and models are in
+`catalog`. `json_schema` renders the JSON Schema, in which the descriptions below are what an editor shows.
 
 Other modules hold the texts of mistakes (`messages`) and the check that a name refers to something (`loader`).
 """
 
-from collections.abc import Mapping
-from datetime import date, datetime
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
+from pydantic import ConfigDict, Field, Tag, model_validator
+
+from proxy.config.catalog import Allow, FetchedKey, Model, OAuth, Target, Upstream
+from proxy.config.section import (
+    IS_MAPPING,
+    IS_TEXT,
+    Address,
+    BodyMemory,
+    CallTag,
+    Count,
+    Database,
+    Expiry,
+    Flag,
+    Globs,
+    GroupName,
+    HeaderName,
+    HostName,
+    KeepFor,
+    KeyDigest,
+    Label,
+    LedgerWait,
+    ModelName,
+    Name,
+    Networks,
+    Origin,
+    OutsideId,
+    PathPrefix,
+    Per,
+    Percentage,
+    Positive,
+    Section,
+    ServerUrl,
+    SigningSecret,
+    SourceName,
+    Text,
+    UserName,
+    Wait,
+    Zone,
+    text_or_mapping,
 )
-from pydantic.fields import FieldInfo
-
-from proxy.config import values
-from proxy.formats.kinds import KINDS, kind_of
 from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.admin import Role
-from proxy.policy.amounts import Measure
-from proxy.policy.catalog import OnDisconnect, Secret
-from proxy.policy.key import Network
+from proxy.policy.amounts import MEASURES, Measure
 from proxy.policy.quota import Combine, Enforce, Limit
 
-# ----------------------------------------------------------------------------------------- the types of single values
-
-# An editor can't know the value of `${LIMIT}`, so the JSON Schema accepts it in place of a number.
-INTERPOLATION_PATTERN = r".*\$\{.+\}.*"
-
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-Encoding = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "p50k_edit", "r50k_base", "gpt2"]
-
-# The names in `KINDS`, so that a new kind needs no change here. A type checker can't evaluate that, and sees a text.
-if TYPE_CHECKING:
-    KindName = str
-else:
-    KindName = Literal[tuple(KINDS)]
-
-
-def _kinds_that(on_disconnect: OnDisconnect) -> str:
-    """The kinds of upstream with this default, for a description."""
-    return ", ".join(name for name, kind in KINDS.items() if kind.on_disconnect == on_disconnect)
-
-
-def _int_to_text(value: object) -> object:
-    """A name may look like a number (a user called 1001), which YAML reads as an integer."""
-    return str(value) if type(value) is int else value  # not isinstance: a bool is an int too
-
-
-def _text_to_bool(value: object) -> object:
-    """An interpolated `${FLAG}` is always text."""
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-
-
-def _string_schema(**more: object) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", **more})
-
-
-def _number_schema(minimum: int) -> WithJsonSchema:
-    text = rf"^([0-9]+(_[0-9]+)*[kM]?|{INTERPOLATION_PATTERN})$"
-    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": minimum}, {"type": "string", "pattern": text}]})
-
-
-_IntToText = BeforeValidator(_int_to_text)
-_NAME_SCHEMA = WithJsonSchema({"type": ["string", "integer"], "pattern": values.NAME.pattern})
-Text = Annotated[str, _IntToText, AfterValidator(values.one_line)]
-Name = Annotated[str, _IntToText, AfterValidator(values.name), _NAME_SCHEMA]
-GroupName = Annotated[str, _IntToText, AfterValidator(values.group_name), _NAME_SCHEMA]
-UserName = Annotated[str, _IntToText, AfterValidator(values.user_name), _string_schema(minLength=1, maxLength=254)]
-ModelName = Annotated[str, _IntToText, AfterValidator(values.model_name), _string_schema(minLength=1)]
-ServedName = Annotated[str, _IntToText, AfterValidator(values.served_name), _string_schema(minLength=1)]
-RefusedField = Annotated[str, AfterValidator(values.field_name), _string_schema(minLength=1)]
-Glob = Annotated[str, _IntToText, AfterValidator(values.glob), _string_schema(minLength=1)]
-Globs = Annotated[list[Glob], Field(min_length=1)]
-Flag = Annotated[bool, BeforeValidator(_text_to_bool)]
-Count = Annotated[int, BeforeValidator(values.count), _number_schema(0)]
-Positive = Annotated[int, BeforeValidator(values.positive), _number_schema(1)]
-BodyMemory = Annotated[int, BeforeValidator(values.body_memory), _number_schema(values.BODY_MEMORY_MIN)]
-Wait = Annotated[int, BeforeValidator(values.wait_ms), _string_schema()]
-LedgerWait = Annotated[int, BeforeValidator(values.ledger_wait_ms), _string_schema()]
-KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string_schema()]
-Per = Annotated[str, _IntToText, AfterValidator(values.per)]
-Address = Annotated[str, _IntToText, AfterValidator(values.address)]
-Origin = Annotated[str, AfterValidator(values.origin)]
-AdminUrl = Annotated[str, AfterValidator(values.admin_url)]
-HostName = Annotated[str, AfterValidator(values.host_name)]
-Zone = Annotated[str, AfterValidator(values.zone)]
-UsageField = Annotated[str, AfterValidator(values.usage_field), _string_schema(minLength=1)]
-ApiVersion = Annotated[str, AfterValidator(values.api_version)]
-BaseUrl = Annotated[str, AfterValidator(values.base_url)]
-Database = Annotated[str, AfterValidator(values.database)]
-# A user's or admin's key. The validated file has only its digest.
-KeyDigest = Annotated[str, _IntToText, AfterValidator(values.key_digest), _string_schema(minLength=1)]
-ApiKey = Annotated[Secret, BeforeValidator(values.secret), _string_schema(minLength=1)]
-
-Label = Annotated[str, _IntToText, AfterValidator(values.label), _string_schema(minLength=1, maxLength=100)]
-CallTag = Annotated[str, _IntToText, AfterValidator(values.tag), _string_schema(minLength=1, maxLength=64)]
-Expiry = Annotated[date | datetime, BeforeValidator(values.expiry), _string_schema()]
-Networks = Annotated[list[Annotated[Network, BeforeValidator(values.network), _string_schema()]], Field(min_length=1)]
-SourceName = Annotated[str, _IntToText, AfterValidator(values.source_name), _NAME_SCHEMA]
-HeaderName = Annotated[str, AfterValidator(values.header_name), _string_schema(minLength=1)]
-Percentage = Annotated[int, BeforeValidator(values.percentage), _string_schema(pattern="^[0-9]+%$")]
-OutsideId = Annotated[str, _IntToText, AfterValidator(values.outside_id), _string_schema(minLength=1, maxLength=256)]
-SigningSecret = Annotated[Secret, BeforeValidator(values.signing_secret), _string_schema(minLength=32)]
-
-# A value that is one text or a mapping is checked by the rule of what it is. pydantic adds these tags to the paths of
-# its errors, where `messages` removes them. No key of a file can be one of them.
-IS_TEXT, IS_MAPPING = "\0text", "\0mapping"
-_text_or_mapping = Discriminator(lambda value: IS_MAPPING if isinstance(value, Mapping) else IS_TEXT)
-
-EMPTY = "this has no value; write one, or remove the key"
-
-# ------------------------------------------------------------------------------------------------------- the sections
-
-
-class Section(BaseModel):
-    """One mapping of the file. `display_name` is what a mistake calls it."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, hide_input_in_errors=True
-    )
-    display_name: ClassVar[str]
-    nullable: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def named_fields(cls) -> dict[str, FieldInfo]:
-        """Its fields by their keys in the file; `from` is a word of Python, so its field has another name."""
-        return {field.alias or name: field for name, field in cls.model_fields.items()}
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _has_a_value(cls, value: object, info: ValidationInfo) -> object:
-        if value is None and info.field_name not in cls.nullable:
-            raise ValueError(EMPTY)
-        return value
 
 
 class Server(Section):
@@ -162,7 +67,19 @@ class Server(Section):
         "127.0.0.1:8081",
         description="host:port of the admin API, /metrics and health checks; null turns this listener off.",
     )
-    admin_url: AdminUrl | None = Field(
+    prefix: PathPrefix | None = Field(
+        None,
+        description="What all paths of the API begin with, if it shares its host with others: with /llm the base_url "
+        "of SDKs ends in /llm/v1. Other paths are a 404, except for health checks. Default: nothing.",
+        examples=["/llm"],
+    )
+    api_url: ServerUrl | None = Field(
+        None,
+        description="The address at which users reach the API, if a proxy is in front of it. The admin page shows it "
+        "to whoever makes a key. Default: the host of the admin page, with the port of `api`.",
+        examples=["https://llm.example"],
+    )
+    admin_url: ServerUrl | None = Field(
         None,
         description="The address at which browsers reach the admin listener, if a proxy is in front of it. With "
         "https:// the cookie of a login is sent over TLS only.",
@@ -198,9 +115,16 @@ class Server(Section):
         examples=[["10.0.0.0/8"]],
     )
     body_memory: BodyMemory = Field(
-        256_000_000,
+        "256M",
+        validate_default=True,
         description="How many bytes the bodies above 256 KiB of all calls in flight may have together, as in 256M; "
         "further ones wait up to 10 s and then get a 503. A call takes two to three times its body.",
+    )
+    shutdown_delay: Wait = Field(
+        "5s",
+        validate_default=True,
+        description="How long new calls are still taken after SIGTERM, while /readyz is 503, as in 5s or 0s, at most "
+        "10m. Make it longer than the load balancer takes to notice that.",
     )
 
 
@@ -224,13 +148,19 @@ class Keep(Section):
     nullable = frozenset({"audit", "calls", "days"})
 
     calls: KeepFor | None = Field(
-        90 * 86_400_000, description="The records of single calls, as in 90d; null keeps them forever."
+        "90d",
+        validate_default=True,
+        description="The records of single calls, as in 90d; null keeps them forever.",
     )
     days: KeepFor | None = Field(
-        1100 * 86_400_000, description="The daily sums by user, group and model; null keeps them forever."
+        "1100d",
+        validate_default=True,
+        description="The daily sums by user, group and model; null keeps them forever.",
     )
     audit: KeepFor | None = Field(
-        1100 * 86_400_000, description="What administrators did, in the audit log; null keeps it forever."
+        "1100d",
+        validate_default=True,
+        description="What administrators did, in the audit log; null keeps it forever.",
     )
 
     @model_validator(mode="after")
@@ -241,164 +171,25 @@ class Keep(Section):
         return self
 
 
-class Allow(Section):
-    """Features with a cost, or with access to other systems, that quotas do not count."""
-
-    display_name = "allow"
-
-    tools: list[ServedName] = Field(
-        default=[],
-        description="Types of the upstream's own tools that requests may use on /responses and /messages; web_search "
-        "also allows web_search_options in chat completions. No quota limits what such a tool fetches or does.",
-        examples=[["web_search", "mcp"]],
-    )
-    service_tiers: list[ServedName] = Field(
-        default=[],
-        description="Values of service_tier that requests may use besides auto, default and standard_only; others "
-        "have other prices.",
-        examples=[["flex"]],
-    )
-    betas: list[ServedName] = Field(
-        default=[],
-        description="For kind anthropic: values of the header anthropic-beta that requests may use, besides those "
-        "that change neither price nor access. Others are removed from the forwarded request.",
-        examples=[["context-1m-2025-08-07"]],
-    )
-    store: Flag = Field(
-        True,
-        description="Whether the upstream may store answers, in the account that all users share; each user can "
-        "access only their own. If false, /responses is sent with store: false.",
-    )
-
-
-class Upstream(Section):
-    """A server that calls are forwarded to."""
-
-    display_name = "an upstream"
-
-    base_url: BaseUrl = Field(
-        description="The server's http:// or https:// address, with /v1 if the server has it.",
-        examples=["https://api.openai.com/v1"],
-    )
-    api_key: ApiKey | None = Field(
-        None,
-        repr=False,
-        description="The key that is sent to this server, as in ${OPENAI_API_KEY}. Default: no key is sent.",
-    )
-    kind: KindName = Field(
-        "openai",
-        description="The vendor or server software, which decides the auth header, the paths and the fields of "
-        "requests. openai is right for OpenRouter, LiteLLM and most others.",
-    )
-    api_version: ApiVersion | None = Field(
-        None,
-        description="For kind azure: the api-version of calls that name none, or one before 2024-09-01. "
-        "Default: 2024-10-21; none at /openai/v1.",
-        examples=["2024-10-21"],
-    )
-    on_disconnect: OnDisconnect | None = Field(
-        None,
-        description="What to do when a client disconnects during an answer. drain: read the rest and charge the "
-        f"exact usage (default for {_kinds_that('drain')}). stop: close the connection to the upstream "
-        f"(default for {_kinds_that('stop')}).",
-    )
-    allow: Allow = Field(Allow(), description="Features that requests may use although quotas do not count them.")
-    extra_usage: list[UsageField] = Field(
-        default=[],
-        description="Members of the usage that this server writes beside total_tokens and does not include in it; "
-        "their tokens are charged as output. Perplexity has reasoning_tokens and citation_tokens.",
-        examples=[["reasoning_tokens", "citation_tokens"]],
-    )
-    refuse: list[RefusedField] = Field(
-        default=[],
-        description="Fields that no request for a model of this upstream may use, besides those that the proxy "
-        "always refuses. A field is used unless it is null, false or [].",
-        examples=[["provider"]],
-    )
-
-    @model_validator(mode="after")
-    def _has_api_version_only_for_azure(self) -> "Upstream":
-        if self.api_version and not kind_of(self.kind).has_api_version:
-            raise ValueError("api_version is only for upstreams of kind azure; remove it from this one")
-        return self
-
-    def effective_on_disconnect(self) -> OnDisconnect:
-        """`on_disconnect`, or the default of this kind."""
-        return self.on_disconnect or kind_of(self.kind).on_disconnect
-
-
-class Target(Section):
-    """One of several upstreams that serve a model."""
-
-    display_name = "an entry of a model's upstreams"
-
-    upstream: Name = Field(description="The name of the upstream.")
-    model: ServedName | None = Field(
-        None, description="The model's name at this upstream. Default: the name that clients use."
-    )
-    weight: Count = Field(
-        1, description="Its share of the calls; an upstream with 0 gets a call only if none of the others can."
-    )
-
-
-class Model(Section):
-    """A model, by the name that clients use."""
-
-    display_name = "a model"
-
-    upstream: Name | None = Field(
-        None, description="The upstream that serves it. Default: default_upstream, or the only upstream."
-    )
-    upstreams: Annotated[list[Target], Field(min_length=1)] | None = Field(
-        None,
-        description="Several upstreams that serve it. If one fails, another is tried before the client gets an "
-        "error.",
-    )
-    model: ServedName | None = Field(
-        None, description="The model's name at the upstream. Default: the name that clients use."
-    )
-    max_output_tokens: Positive | None = Field(None, description="The longest answer that it can give, in tokens.")
-    context: Positive | None = Field(None, description="The most input and output together, in tokens.")
-    encoding: Encoding | None = Field(None, description="Its tokenizer. Default: guessed from the model's name.")
-    reasoning: Flag | None = Field(
-        None,
-        description="Whether it uses reasoning tokens that its answer does not show. Default: at openai and azure "
-        "true for all but the gpt-4 and gpt-3.5 models, elsewhere false.",
-    )
-    smallest_answer: Positive | None = Field(
-        None,
-        description="No call starts if its answer might have to be shorter than this, unless the call asks for a "
-        "shorter one. Default: 1024 tokens.",
-    )
-    tokens_per_request: Positive | None = Field(
-        None,
-        description="What an image, speech or transcript costs if its answer reports no tokens, in tokens that are "
-        "charged as output. Default: it counts as a request alone, so a quota of tokens does not cover it.",
-    )
-    tokens_per_image: Positive | None = Field(None, description="The same for each image of an answer; both add up.")
-    allow: Allow | None = Field(None, description="Replaces the upstream's allow. Default: the upstream's.")
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> "Model":
-        if self.max_output_tokens and self.context and self.max_output_tokens > self.context:
-            raise ValueError("max_output_tokens is larger than context; write a smaller max_output_tokens")
-        if self.upstreams and (self.upstream or self.model):
-            raise ValueError(
-                "upstreams can't be combined with upstream or model; write those in the entries of upstreams"
-            )
-        targets = self.upstreams or ()
-        if len({(target.upstream, target.model) for target in targets}) < len(targets):
-            raise ValueError("two entries of upstreams are the same; keep one, with the sum of their weights")
-        return self
+def _mark_measures(schema: dict[str, Any]) -> None:
+    """Mark the fields that are limits, so that a form needs no list of them."""
+    for name, field in schema["properties"].items():
+        if name in MEASURES:
+            field["x-measure"] = name
 
 
 class Quota(Section):
     """One rule: how much of these models in each window."""
 
+    model_config = ConfigDict(json_schema_extra=_mark_measures)
     display_name = "a quota"
 
     models: Globs = Field(default=["*"], description="The models that it limits: names or patterns (*, ?, […]).")
-    tokens: Count | None = Field(None, description="Input and output tokens together: 200000, 200_000, 200k or 5M.")
+    tokens: Count | None = Field(
+        None,
+        description="Input and output tokens together: 200000, 200_000, 200k or 5M. A token is about four characters "
+        "of English text.",
+    )
     input_tokens: Count | None = Field(None, description="Input tokens alone.")
     output_tokens: Count | None = Field(None, description="Output tokens alone.")
     requests: Count | None = Field(None, description="Calls.")
@@ -407,7 +198,10 @@ class Quota(Section):
         "of the calendar (minute, hour, day, week, month, quarter, year).",
         examples=["day", "6h"],
     )
-    shared: Flag = Field(False, description="One counter for the whole group, instead of one for each member.")
+    shared: Flag = Field(
+        False,
+        description="One counter for the whole group. The default is a counter for each member, not shared.",
+    )
     enforce: Enforce = Field(
         "exact",
         description="exact: never over the limit. after: counts a call when it has ended, so it may end over the "
@@ -513,7 +307,7 @@ class User(Section):
         default=[], description="The user's groups. everyone and default apply without being listed."
     )
     keys: list[
-        Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[UserKey, Tag(IS_MAPPING)], _text_or_mapping]
+        Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[UserKey, Tag(IS_MAPPING)], text_or_mapping]
     ] = Field(
         default=[],
         repr=False,
@@ -617,7 +411,7 @@ class HeaderSource(Section):
     )
     map: dict[
         OutsideId,
-        Annotated[Annotated[Name, Tag(IS_TEXT)] | Annotated[MappedGroup, Tag(IS_MAPPING)], _text_or_mapping],
+        Annotated[Annotated[Name, Tag(IS_TEXT)] | Annotated[MappedGroup, Tag(IS_MAPPING)], text_or_mapping],
     ] = Field(
         default={},
         description="Groups there, or with emails_verified e-mail addresses, and the group of the policy that each "
@@ -661,9 +455,9 @@ class File(Section):
 
     display_name = "the file"
 
-    server: Server = Field(default=Server(), description="The two listeners.")
+    server: Server = Field(default_factory=Server, description="The two listeners.")
     admin_keys: dict[
-        Name, Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[AdminKey, Tag(IS_MAPPING)], _text_or_mapping]
+        Name, Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[AdminKey, Tag(IS_MAPPING)], text_or_mapping]
     ] = Field(
         default={},
         repr=False,
@@ -676,7 +470,7 @@ class File(Section):
         description="The database of the ledger: sqlite:///file for one machine, or "
         "postgresql://user:password@host/name for any number of replicas. A change takes effect at a restart.",
     )
-    log: Log = Field(default=Log(), description="The log.")
+    log: Log = Field(default_factory=Log, description="The log.")
     timezone: Zone = Field("UTC", description="The time zone of calendar windows, as in Europe/Berlin.")
     week_starts: Weekday = Field("monday", description="The first day of a week.")
     combine: Combine = Field(
@@ -687,20 +481,29 @@ class File(Section):
         "refuse", description="What happens to a call for a model that no quota of the user covers."
     )
     wait: Wait = Field(
-        30_000,
+        "30s",
+        validate_default=True,
         description="How long a call may wait for capacity that calls in flight hold before it is refused as busy, "
         "as in 30s.",
     )
+    smallest_answer: Positive | None = Field(
+        None,
+        description="No call starts if its answer might have to be shorter than this, in tokens, unless the call "
+        "asks for a shorter one. Default: 1024, but at most a tenth of the smallest limit on tokens or output_tokens "
+        "among the quotas of the group that admits the call.",
+    )
     ledger_wait: LedgerWait = Field(
-        10_000,
+        "10s",
+        validate_default=True,
         description="How long a call may wait for an unavailable database before it gets a 503, as in 10s.",
     )
     retry_for: Wait = Field(
-        30_000,
+        "30s",
+        validate_default=True,
         description="How long after a call was first sent it may be sent again, if an upstream fails and nothing was "
         "sent to the client, as in 30s; 0s for never.",
     )
-    keep: Keep = Field(default=Keep(), description="How long usage records are kept.")
+    keep: Keep = Field(default_factory=Keep, description="How long usage records are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     self_service: Flag = Field(
         True,
@@ -726,18 +529,21 @@ class File(Section):
     )
     users: dict[UserName, User] = Field(default={}, description="The users who may call, by name.")
     identity: IdentitySources = Field(
-        default=IdentitySources(), description="Who says who the user is, besides the keys of users."
+        default_factory=IdentitySources, description="Sources that say who the user is, besides the keys of users."
     )
 
 
 # Where each section is: the keys that lead to it, with None for any name or index.
-_SECTIONS: dict[tuple[str | None, ...], type[Section]] = {
+SECTIONS: dict[tuple[str | None, ...], type[Section]] = {
+    (): File,
     ("server",): Server,
     ("log",): Log,
     ("keep",): Keep,
     ("admin_keys", None): AdminKey,
     ("upstreams", None): Upstream,
     ("upstreams", None, "allow"): Allow,
+    ("upstreams", None, "api_key"): FetchedKey,
+    ("upstreams", None, "api_key", "oauth"): OAuth,
     ("models", None): Model,
     ("models", None, "allow"): Allow,
     ("models", None, "upstreams", None): Target,
@@ -753,9 +559,16 @@ _SECTIONS: dict[tuple[str | None, ...], type[Section]] = {
 }
 
 
+def sections_with(key: str) -> tuple[type[Section], ...]:
+    """The sections that have this key, other than the file."""
+    return tuple(
+        dict.fromkeys(section for path, section in SECTIONS.items() if path and key in section.named_fields())
+    )
+
+
 def section_at(path: tuple[str | int, ...]) -> type[Section]:
     """The section that contains the last key of this path."""
-    for pattern, section in _SECTIONS.items():
+    for pattern, section in SECTIONS.items():
         if len(pattern) == len(path) - 1 and all(
             each is None or each == step for each, step in zip(pattern, path, strict=False)
         ):

@@ -1,4 +1,4 @@
-"""A sentence for each group of a policy, which says what the group may use, and for each source of users.
+"""Sentences for each group of a policy, which say what the group may use, for each source of users, and for a quota.
 
 staff: each of 3 members may use 200,000 tokens a day of any model.
 sso: with its key, from 10.0.3.8, x-forwarded-user names the user: in staff by /staff; all others may not call.
@@ -15,6 +15,7 @@ _NAMES_SHOWN = 5
 _UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
 _RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
 _FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
+_NO_MEMBERS_NOW = "its members (none now)"
 _ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (never refused)"}
 
 
@@ -39,15 +40,33 @@ def matches_all(globs: Globs | None) -> bool:
     return globs is None or "*" in globs.texts
 
 
+def quota_sentence(quota: Quota, members: int | None, over: int, *, is_trial: bool) -> str:
+    """What one quota allows, and how many have reached a limit of it: of its members, or its pot (0 or 1).
+
+    `members` None: nothing is known of them. If this `is_trial`, the quota is not in force.
+    """
+    whose = _all_members if quota.shared else _each_member
+    who = _NO_MEMBERS_NOW if members == 0 and quota.group not in _RESERVED_GROUPS else whose(quota.group, members)
+    models = "any model" if matches_all(quota.models) else ", ".join(quota.models.texts)
+    text = f"{who[0].upper()}{who[1:]} may use {_amount_text(quota)} of {models}"
+    if members is None:
+        return f"{text}."
+    if quota.shared:
+        are, are_not = ("would be", "would not be") if is_trial else ("are", "are not")
+        return f"{text}; they {are if over else are_not} over now."
+    are = "would be" if is_trial else "are" if over > 1 else "is"
+    return f"{text}; {over or 'none'}{'' if members == 1 else ' of them'} {are} over now."
+
+
 def _sentence(group: Group, members: int) -> str:
     if group.unlimited:
         models = ", ".join(group.models.texts) if group.models else "any model"
-        return f"{group.name}: {_each_member(group, members)} may use {models} without limit."
+        return f"{group.name}: {_each_member(group.name, members)} may use {models} without limit."
     models = f"; only models {', '.join(group.models.texts)}" if group.models else ""
     per_member = [_quota_text(quota) for quota in group.quotas if not quota.shared]
     shared = [_quota_text(quota) for quota in group.quotas if quota.shared]
-    parts = [f"{_each_member(group, members)} may use {', and '.join(per_member)}"] if per_member else []
-    parts += [f"{_all_members(group, members)} may use {', and '.join(shared)}"] if shared else []
+    parts = [f"{_each_member(group.name, members)} may use {', and '.join(per_member)}"] if per_member else []
+    parts += [f"{_all_members(group.name, members)} may use {', and '.join(shared)}"] if shared else []
     return f"{group.name}: {'; '.join(parts) or 'no quotas'}{models}."
 
 
@@ -75,22 +94,30 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(listed[:_NAMES_SHOWN]) + more
 
 
-def _each_member(group: Group, members: int) -> str:
-    if group.name in _RESERVED_GROUPS:
-        return f"every user{_RESERVED_GROUPS[group.name]}"
+def _each_member(group: str, members: int | None) -> str:
+    if group in _RESERVED_GROUPS:
+        return f"every user{_RESERVED_GROUPS[group]}"
+    if members is None:
+        return "each member"
     return _FEW_MEMBERS.get(members, f"each of {members:,} members")
 
 
-def _all_members(group: Group, members: int) -> str:
-    if group.name in _RESERVED_GROUPS:
-        return f"all users{_RESERVED_GROUPS[group.name]} together"
+def _all_members(group: str, members: int | None) -> str:
+    if group in _RESERVED_GROUPS:
+        return f"all users{_RESERVED_GROUPS[group]} together"
+    if members is None:
+        return "all its members together"
     return _FEW_MEMBERS.get(members, f"all {members:,} members together")
 
 
-def _quota_text(quota: Quota) -> str:
+def _amount_text(quota: Quota) -> str:
     *others, last = [limit_text(limit) for limit in quota.limits]
     limits = f"{', '.join(others)} and {last}" if others else last
-    amount = f"{limits} {_window_text(quota)}{_ENFORCE_NOTES[quota.enforce]}"
+    return f"{limits} {_window_text(quota)}{_ENFORCE_NOTES[quota.enforce]}"
+
+
+def _quota_text(quota: Quota) -> str:
+    amount = _amount_text(quota)
     return f"{amount} of any model" if matches_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
 
 

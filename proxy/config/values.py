@@ -7,23 +7,35 @@ that says what is wrong and what to write instead. A text never quotes a value t
 
 import hashlib
 import re
+import ssl
 from datetime import date, datetime, time
 from difflib import get_close_matches
-from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_interface, ip_network
-from urllib.parse import SplitResult, urlsplit
+from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
+from typing import Literal
+from urllib.parse import SplitResult, parse_qs, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+from proxy.config.suggestions import (
+    as_duration,
+    count_text,
+    means_no_limit,
+    similar_count,
+    similar_duration,
+    similar_window,
+)
 from proxy.formats.usage import STANDARD_FIELDS
 from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.catalog import Secret
 from proxy.policy.key import TAG_CHARACTERS_MAX, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
-from proxy.policy.windows import Duration, parse_per
+from proxy.policy.windows import parse_per
 
 # Only a key's SHA-256 digest is stored. 24 random characters out of 64 are 144 bits: no search finds the key.
 KEY_CHARACTERS_MIN = 24
 WAIT_MS_MAX = 600_000
 _DAY_MS = 86_400_000
+_LONGEST_MS = 2**63
+_EVERY_MS_MIN = 10_000
 # The largest body of a request; see `web.body_memory`.
 BODY_MEMORY_MIN = 32 * 2**20
 _MODEL_NAME_MAX = 200
@@ -37,12 +49,18 @@ NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
 _FIELD = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _USER_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._@+-]{1,254}")
 # Underscores only between thousands: 200_000 is a number, 20_0000 is more likely a typing error.
-_COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
+_COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})(?:(?:\.([0-9]{1,6}))?([kM]))?")
 _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
+_MINUTES_OR_MONTHS = re.compile(r"([2-9]|[1-9][0-9])M")
 # [IPv6]:port or host:port
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::[1-9][0-9]{0,4})?")
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_PATH_PREFIX = re.compile(r"(?:/[A-Za-z0-9_-]{1,63}){1,8}")
+# What paths of the API begin with, so a prefix can't.
+_SERVED_WORDS = ("v1", "v2", "openai", "usage", "healthz", "readyz")
+# How other programs write a variable of the environment: $NAME, and LiteLLM os.environ/NAME.
+_VARIABLE = re.compile(r"(?:\$|os\.environ/)[A-Za-z_][A-Za-z0-9_]*|\$\([A-Za-z_][A-Za-z0-9_]*\)")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 # An HTTP header's name (RFC 9110 §5.6.2), in the characters that servers and proxies let through.
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,99}")
@@ -51,6 +69,17 @@ _OTHER_HEADERS = frozenset(
     "authorization proxy-authorization api-key x-api-key cookie host connection content-length content-type "
     "transfer-encoding forwarded x-forwarded-for x-quota-tag x-quota-max-wait".split()
 )
+# What the proxy writes itself into each request to an upstream, and what is meant for one connection (RFC 9110
+# §7.6.1). A fixed Idempotency-Key would have all users get the answer to the first call.
+_WRITTEN_HEADERS = frozenset(
+    "host content-length content-type content-encoding transfer-encoding accept-encoding connection keep-alive "
+    "proxy-connection te trailer upgrade expect idempotency-key".split()
+)
+_UPSTREAM_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+_HEADER_VALUE = re.compile(r"[!-~](?:[ -~]{0,8190}[!-~])?")
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]*-----END CERTIFICATE-----")
+# The value of `proxy` that stands for no proxy, whatever the environment says.
+NO_PROXY: Literal["none"] = "none"
 _DATE = re.compile(r"2[0-9]{3}-[0-9]{2}-[0-9]{2}")
 _INSTANT = re.compile(
     r"2[0-9]{3}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:[0-9]{2})", re.IGNORECASE
@@ -96,11 +125,14 @@ def wait_ms(value: object) -> int:
     """A duration of at most 10 minutes, in milliseconds. 0 for none."""
     if value in (0, "0", "0s"):
         return 0
-    # parse_per also takes calendar units, which are words: `wait: day` is an error.
-    length = parse_per(value, _UTC) if isinstance(value, str) and not value.isalpha() else None
-    if not isinstance(length, Duration) or length.length_ms > WAIT_MS_MAX:
-        raise ValueError("this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none")
-    return length.length_ms
+    remedy = "write one such as 30s, at most 10m, or 0s for none"
+    return _duration_ms(value, "this is not a valid duration here", remedy, bounds=(1, WAIT_MS_MAX))
+
+
+def timeout_ms(value: object) -> int:
+    """A time limit of 1 second to 1 day, in milliseconds."""
+    remedy = "write one from 1s to 24h, such as 30s or 10m"
+    return _duration_ms(value, "this is not a valid time limit", remedy, bounds=(1, _DAY_MS))
 
 
 def ledger_wait_ms(value: object) -> int:
@@ -111,14 +143,40 @@ def ledger_wait_ms(value: object) -> int:
     return length_ms
 
 
+def heartbeat_ms(value: object) -> int:
+    """A duration of 1 second to 10 minutes, in milliseconds."""
+    length_ms = wait_ms(value)
+    if length_ms < 1000:
+        raise ValueError("this is too short for a heartbeat; write 1s or more, as in 15s, or remove it for none")
+    return length_ms
+
+
 def keep_ms(value: object) -> int:
     """How long records are kept, in milliseconds: 1 day or more."""
-    length = parse_per(value, _UTC) if isinstance(value, str) else None
-    if not isinstance(length, Duration) or length.length_ms < _DAY_MS:
-        raise ValueError(
-            "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
-        )
-    return length.length_ms
+    what = "this is not a valid time to keep records"
+    remedy = "write 1d or more, as in 90d, or null to keep them forever"
+    return _duration_ms(value, what, remedy, unit="d", bounds=(_DAY_MS, _LONGEST_MS))
+
+
+def every_s(value: object) -> int:
+    """How often a key is fetched, in seconds: 10 seconds to 1 day."""
+    what = "this is not how often a key can be fetched"
+    remedy = "write a time from 10s to 24h, as in 45m"
+    return _duration_ms(value, what, remedy, bounds=(_EVERY_MS_MIN, _DAY_MS)) // 1000
+
+
+def _duration_ms(value: object, what: str, remedy: str, *, unit: str = "s", bounds: tuple[int, int]) -> int:
+    """The milliseconds of a duration within these bounds.
+
+    For another value, `what` says that it is none, and `remedy` what to write, unless a duration is suggested. `unit`
+    is that of a number alone.
+    """
+    length = as_duration(value)
+    if length is not None and bounds[0] <= length.length_ms <= bounds[1]:
+        return length.length_ms
+    meant = similar_duration(value, unit=unit, bounds=bounds)
+    suggestion = f'did you mean "{meant}"?' if meant else remedy
+    raise ValueError(f"{what}; {suggestion}")
 
 
 def model_name(text: str) -> str:
@@ -204,14 +262,37 @@ def _as_count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and (match := _COUNT.fullmatch(value)):
-        return int(match[1].replace("_", "")) * _TIMES[match[2]]
+        whole, decimals, suffix = match.groups(default="")
+        # In integers: 1.2345k is 1234 and 5 tenths.
+        divisor: int = 10 ** len(decimals)
+        number, rest = divmod(int(whole.replace("_", "") + decimals) * _TIMES[suffix], divisor)
+        if not rest:
+            return number
+        raise ValueError(f'"{value}" is not a whole number; write {count_text(number)} or {count_text(number + 1)}')
     shown = f'"{value}"' if isinstance(value, str | int) else "this"
-    raise ValueError(f"{shown} is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M")
+    raise ValueError(f"{shown} is not a whole number from 0 up; {_count_hint(value)}")
+
+
+def _count_hint(value: object) -> str:
+    if isinstance(value, str | int) and means_no_limit(value):
+        return "for no limit, remove the key"
+    meant = similar_count(value) if isinstance(value, str) else None
+    return f"did you mean {meant}?" if meant else "write one such as 200000, 200_000, 200k or 5M"
 
 
 def per(text: str) -> str:
     """The text of a window. It is checked here and parsed again when the policy's time zone is known."""
-    parse_per(text, _UTC)
+    try:
+        parse_per(text, _UTC)
+    except ValueError:
+        if match := _MINUTES_OR_MONTHS.fullmatch(text):
+            raise ValueError(
+                f'"{text}" could be minutes or months: write "{match[1]}m" for minutes, '
+                f'or "{30 * int(match[1])}d" for as many months of 30 days'
+            ) from None
+        if text in ("M", "1M") or (meant := similar_window(text)) is None:
+            raise
+        raise ValueError(f'"{text}" is no window: did you mean "{meant}"?') from None
     return text
 
 
@@ -220,9 +301,16 @@ def zone(text: str) -> str:
     try:
         ZoneInfo(text)
     except (KeyError, ValueError, OSError):  # OSError: "Europe" is a directory of the database
-        similar = get_close_matches(text[:50], available_timezones(), n=1) or ["Europe/Berlin"]
-        raise ValueError(f'"{text}" is not a time zone; write an IANA name such as {similar[0]}') from None
+        raise ValueError(f'"{text}" is not a time zone; write an IANA name such as {_similar_zone(text)}') from None
     return text
+
+
+def _similar_zone(text: str) -> str:
+    """The time zone with the most similar name, or of this city: `Asia/Tokyo` for `tokyo`."""
+    known = sorted(available_timezones())
+    city = text[:50].strip().lower().replace(" ", "_")
+    of_city = [name for name in known if "/" in name and name.lower().rpartition("/")[2] == city]
+    return (of_city or get_close_matches(text[:50], known, n=1) or ["Europe/Berlin"])[0]
 
 
 def address(text: str) -> str:
@@ -257,8 +345,8 @@ def origin(text: str) -> str:
     return origin
 
 
-def admin_url(text: str) -> str:
-    """The address of the admin listener as browsers see it: an origin, without the port that its scheme implies."""
+def server_url(text: str) -> str:
+    """The address of a listener as its clients see it: an origin, without the port that its scheme implies."""
     found = text.lower().rstrip("/")
     scheme, _, host = found.partition("://")
     if scheme not in ("http", "https") or not _ORIGIN.fullmatch(found):
@@ -267,6 +355,17 @@ def admin_url(text: str) -> str:
             "https://quotas.example"
         )
     return f"{scheme}://{host.removesuffix({'http': ':80', 'https': ':443'}[scheme])}"
+
+
+def path_prefix(text: str) -> str:
+    """The beginning of all paths of the API, such as /llm."""
+    if not _PATH_PREFIX.fullmatch(text) or text.split("/")[1] in _SERVED_WORDS:
+        raise ValueError(
+            f'"{text}" is not a prefix of paths; write one or more words of letters, digits, - and _, each with a '
+            "slash before it and none at the end, as in /llm. The first must not be one that the API has itself: "
+            f"{', '.join(_SERVED_WORDS)}"
+        )
+    return text
 
 
 def host_name(text: str) -> str:
@@ -394,6 +493,55 @@ def percentage(value: object) -> int:
     return int(match[1])
 
 
+def command_word(text: str) -> str:
+    """The program of a command, or one of its arguments. No text quotes it: it may be a secret."""
+    if "\0" in text or not is_unicode(text):
+        raise ValueError("this has a character that no argument of a program can have; remove it")
+    return text
+
+
+def token_url(text: str) -> str:
+    """Where access tokens are issued. The secret is sent there, so only to this machine without TLS."""
+    url = _split_url(text)
+    if url is None or url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(
+            "this is not an https:// address; write one such as "
+            "https://login.microsoftonline.com/TENANT/oauth2/v2.0/token"
+        )
+    if "@" in url.netloc:
+        raise ValueError("this contains a user or a password; write those as client_id and client_secret")
+    if "#" in text:
+        raise ValueError("this has a fragment; remove it")
+    if url.scheme == "http" and not _is_loopback(url.hostname):
+        raise ValueError("the client's secret would be sent without TLS; write https://")
+    return text
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def client_secret(value: object) -> Secret:
+    """The secret of an OAuth client, which is sent in a form, so any text will do."""
+    if not isinstance(value, str) or not is_unicode(value):
+        raise ValueError("this secret is not text; put it in quotes")
+    if not value.strip():
+        raise ValueError("this secret is empty; write one, as in ${CLIENT_SECRET}")
+    return Secret(value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded. A variable of the environment that is not UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def api_version(text: str) -> str:
     """A version of Azure's API, as it is sent in the query `api-version`."""
     if not re.fullmatch(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](-preview)?|v1|preview|latest", text):
@@ -417,9 +565,72 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def proxy_url(value: object) -> Secret | Literal["none"]:
+    """The address of an HTTP proxy, with its user and password if it wants them, or `none`."""
+    if value == NO_PROXY:
+        return NO_PROXY
+    url = _split_url(value) if isinstance(value, str) else None
+    if url is not None and url.scheme in ("https", "socks4", "socks4a", "socks5", "socks5h"):
+        raise ValueError(
+            f"proxies are spoken to in HTTP, not in {url.scheme}; write the http:// address of one that supports "
+            "CONNECT, which upstreams with https:// are reached through"
+        )
+    if url is None or url.scheme != "http" or not url.hostname:
+        raise ValueError(
+            "this is not the address of a proxy; write http://host:port, http://user:password@host:port, or none"
+        )
+    if _has_cut_credentials(url):
+        raise ValueError(
+            "the user or the password in this URL has a character that ends it; write ${PASSWORD} for it alone, or "
+            "percent-encode / ? # and @ in it"
+        )
+    if url.path not in ("", "/") or url.query:
+        raise ValueError("this address has a path; write http://host:port alone")
+    return Secret(str(value))
+
+
+def upstream_header(text: str) -> str:
+    """The name of a header that is sent to an upstream, in lower case."""
+    name = text.lower()
+    if name == "proxy-authorization":
+        raise ValueError("this header is for the proxy; write its user and password into the URL in proxy")
+    if name in _WRITTEN_HEADERS:
+        raise ValueError(f"{text} belongs to the connection or to the body, and is written by the proxy; remove it")
+    if not _UPSTREAM_HEADER.fullmatch(text):
+        raise ValueError("this is not the name of a header; write one such as X-Tenant, in letters, digits, - and _")
+    return name
+
+
+def header_value(value: object) -> Secret:
+    """The value of a header, which may be a secret."""
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not _HEADER_VALUE.fullmatch(text):
+        raise ValueError(
+            "this is not the value of a header; write text in ASCII on one line, without spaces around it, in quotes"
+        )
+    return Secret(text)
+
+
+def certificates(content: bytes) -> str:
+    """The certificates in a PEM file, without what is written around them."""
+    found = b"\n".join(_CERTIFICATE.findall(content)).decode("ascii", "replace")
+    if not found:
+        raise ValueError(
+            "this file has no certificate; write the path of a PEM file with -----BEGIN CERTIFICATE----- in it"
+        )
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found)
+    except (ssl.SSLError, ValueError):
+        raise ValueError("a certificate in this file can't be read; copy the file again") from None
+    return found
+
+
 def database(text: str) -> str:
-    """The URL of the ledger's database, without a driver (`sqlite+aiosqlite://` is an error)."""
-    url = _split_url(text)
+    """The URL of the ledger's database, without a driver (`sqlite+aiosqlite://` is an error).
+
+    A URL of PostgreSQL may have several hosts with commas in between, as for its own programs.
+    """
+    url = _split_hosts(text)
     scheme = url.scheme if url else ""
     plain = {"postgres": "postgresql"}.get(scheme, scheme.partition("+")[0])
     if plain != scheme and plain in ("sqlite", "postgresql"):
@@ -437,7 +648,31 @@ def database(text: str) -> str:
             "the user or the password in this URL has a character that ends it; write ${PASSWORD} for it alone, or "
             "percent-encode / ? # and @ in it"
         )
+    if url and (wanted := parse_qs(url.query).get("target_session_attrs", ["any"])[0]) not in _SESSIONS_THAT_WRITE:
+        raise ValueError(
+            f"target_session_attrs={wanted} asks for a server that can't write; remove it, or write primary"
+        )
     return text
+
+
+# Of several hosts the primary is used, whatever of these is written: the other values ask for a standby.
+_SESSIONS_THAT_WRITE = ("any", "primary", "read-write")
+
+
+def _split_hosts(text: str) -> SplitResult | None:
+    """The parts of a URL that may have several hosts, with the first one; None if one of them makes it no URL.
+
+    Raises ValueError if one of several hosts is empty.
+    """
+    try:
+        netloc = urlsplit(text).netloc
+    except ValueError:
+        return None
+    user, at, hosts = netloc.rpartition("@")
+    if "," in hosts and not all(host.partition(":")[0] for host in hosts.split(",")):
+        raise ValueError("one of the hosts in this URL is empty; write host1,host2 without a comma before or after")
+    urls = [_split_url(text.replace(netloc, f"{user}{at}{host}", 1)) for host in hosts.split(",")]
+    return urls[0] if all(urls) else None
 
 
 def _has_cut_credentials(url: SplitResult) -> bool:
@@ -484,6 +719,8 @@ def secret(value: object) -> Secret:
     """A key that is sent in a header. Line ends and non-ASCII text are rejected: they would break the header."""
     if value == "":
         raise ValueError("this key is empty; write one, or remove it")
+    if isinstance(value, str) and _VARIABLE.fullmatch(value):
+        raise ValueError("this is the name of a variable and not its value; write ${NAME}, with braces")
     if not isinstance(value, str) or not _VISIBLE_ASCII.fullmatch(value):
         raise ValueError("this key can't be sent in a header; use visible ASCII characters without spaces")
     return Secret(value)

@@ -101,6 +101,24 @@ def test_the_names_of_the_admin_listener():
     assert (found.admin_url, found.admin_hosts) == ("https://quotas.example", ("quota-proxy", "a.b"))
     assert load("server: {admin_url: 'http://[::1]:8081'}\n").settings.admin_url == "http://[::1]:8081"
     assert (load("").settings.admin_url, load("").settings.admin_hosts) == (None, ())
+    assert load("server: {api_url: 'https://LLM.example/'}\n").settings.api_url == "https://llm.example"
+
+
+@pytest.mark.parametrize("prefix", ["/llm", "/team-a/llm_2", "/V1"])
+def test_a_prefix_of_the_api(prefix):
+    """It is taken as it is written. By default there is none."""
+    assert load(f"server: {{prefix: {prefix}}}\n").settings.prefix == prefix
+    assert load("").settings.prefix == ""
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["llm", "/llm/", "/", "''", "//llm", "/a//b", "/../llm", "/a.b", "/a b", "/%6c", "/v1", "/v1/llm", "/usage"],
+)
+def test_what_is_no_prefix(prefix):
+    """The message says what to write."""
+    assert mistake(f"server: {{prefix: {prefix}}}\n").startswith("server.prefix: ")
+    assert "as in /llm" in mistake(f"server: {{prefix: {prefix}}}\n")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +135,7 @@ def test_what_is_no_name_of_the_admin_listener(text):
 
 def test_another_name_of_the_admin_listener_needs_a_restart():
     """A reload can say so."""
-    for text in ("admin_url: 'https://a'", "admin_hosts: [a]"):
+    for text in ("admin_url: 'https://a'", "admin_hosts: [a]", "api_url: 'https://a'", "prefix: /llm"):
         assert load(f"server: {{{text}}}\n").restart_only["server"] != load("").restart_only["server"]
     other = load("")
     other = replace(other, settings=replace(other.settings, lease_ms=5, may_be_new_database=True, database="x"))

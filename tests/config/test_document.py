@@ -82,6 +82,13 @@ KEY = 'this key is not a name; write a word, and quote words such as "null" or "
 TAG = "YAML tags (!…) are not supported; remove the tag"
 
 
+def alias(name: str) -> str:
+    return (
+        f"the alias *{name} is used before its anchor &{name} is complete; define &{name} first, or put "
+        f'"*{name}" in quotes if it is a pattern'
+    )
+
+
 def boolean(word: str) -> str:
     return (
         f'some YAML parsers read "{word}" as true or false; '
@@ -152,9 +159,9 @@ def test_an_ambiguous_value_is_a_mistake_and_the_rest_is_still_read(source, foun
         ("a: 1\nb: \x07", 2, "this line has a control character (U+0007); remove it"),
         ("a: 1\nb: \xe9".encode("latin-1"), 2, "this is not UTF-8; save the file as UTF-8"),
         ("a: 1".encode("utf-16"), 1, "this is not UTF-8; save the file as UTF-8"),
-        ("a: 1\nb: *c", 2, "the alias *c is used before its anchor &c is complete; define &c first"),
-        ("a: &a [*a]", 1, "the alias *a is used before its anchor &a is complete; define &a first"),
-        ("*a", 1, "the alias *a is used before its anchor &a is complete; define &a first"),
+        ("a: 1\nb: *c", 2, alias("c")),
+        ("a: &a [*a]", 1, alias("a")),
+        ("*a", 1, alias("a")),
         (b"a" * 5_000_001, 1, "the file is larger than 5 MB; make it smaller"),
         ("a: " + "[" * 100_000, 1, "this is nested deeper than 32 levels; flatten it"),
     ],
@@ -172,6 +179,13 @@ def test_an_unreadable_file_gives_one_mistake_and_no_data(source, line, text):
         ("a: [b", 2, "check the indentation, and quote text that contains : # or brackets"),
         ("x: 1\na: [${KEY}]", 2, "inside [ ] and { }, put ${…} in quotes"),
         ("a: %b", 1, "check the indentation, and quote text that contains : # or brackets"),
+        ("a: ${KEY}: b", 1, "check the indentation, and quote text that contains : # or brackets"),
+        ('a: [x]\nb: "${KEY}": c', 2, "check the indentation, and quote text that contains : # or brackets"),
+        ("a: b\n  c: ${KEY} # [", 2, "check the indentation, and quote text that contains : # or brackets"),
+        ("a: {b: 1,\n  c: ${KEY}}", 2, "inside [ ] and { }, put ${…} in quotes"),
+        ("a: ['b', ${KEY}]", 1, "inside [ ] and { }, put ${…} in quotes"),
+        ("a: [*]", 1, "put a pattern that begins with * in quotes"),
+        ("a: *\nb: 1", 1, "put a pattern that begins with * in quotes"),
     ],
 )
 def test_a_syntax_error_has_the_remedy_for_its_likeliest_cause(source, line, advice):
@@ -179,6 +193,29 @@ def test_a_syntax_error_has_the_remedy_for_its_likeliest_cause(source, line, adv
     [(found_line, text)] = mistakes(source)
     assert found_line == line
     assert text.startswith("this is not YAML (") and text.endswith(f"); {advice}")
+
+
+NOT_YAML = (
+    "this is not YAML: it begins with [name] or name = value; write name: value, and indent what is in a section"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ('# policy\n\n[server]\napi = "127.0.0.1:8080"\n', NOT_YAML),
+        ('api = "127.0.0.1:8080"\n[groups.staff]\n', NOT_YAML),
+        ("OPENAI_API_KEY=sk-1\n", NOT_YAML),
+        ("export OPENAI_API_KEY=sk-1\nexport B=2\n", NOT_YAML),
+        (
+            "<!doctype html>\n<html></html>\n",
+            "this is a page or XML, and not YAML; give the path of the file with the policy",
+        ),
+    ],
+)
+def test_a_file_in_another_format_is_named(source, text):
+    """TOML, a file of variables, a page of a browser."""
+    assert [found for _, found in mistakes(source)] == [text]
 
 
 def test_mistakes_before_a_syntax_error_are_kept():

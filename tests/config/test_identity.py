@@ -20,7 +20,7 @@ KEY = "a-key-of-24-characters-x"
 ID = digest(KEY)[:8]
 SECRET = "a-secret-of-32-characters-to-sign"
 START = """\
-upstreams: {box: {base_url: http://box/v1}}
+upstreams: {box: {base_url: http://box/v1, kind: simulator}}
 groups:
   staff: {quotas: {daily: {tokens: 200k, per: day}}}
   batch: {quotas: {daily: {tokens: 100k, per: day}}}
@@ -348,7 +348,7 @@ def test_a_source_that_does_not_do_what_it_seems_to_is_a_warning(sources, expect
 def test_users_of_sources_count_as_members():
     """A group that only a source gives has members, and what its members have in common is not known by the file."""
     text = """
-upstreams: {box: {base_url: http://box/v1}}
+upstreams: {box: {base_url: http://box/v1, kind: simulator}}
 groups:
   staff: {quotas: {daily: {tokens: 200k, per: day}}}
   admins: {unlimited: true}

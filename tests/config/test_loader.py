@@ -138,6 +138,18 @@ def test_an_upstream_may_have_additional_members_in_its_usage():
     assert default.extra_usage == ()
 
 
+def test_an_upstream_may_have_a_number_of_slots_and_heartbeats():
+    """By default it has any number of calls at a time, and no heartbeat before its answer."""
+    box = "  up: {base_url: http://up/v1, max_in_flight: 16, heartbeat: 90s}\n"
+    upstream = load_text(f"upstreams:\n{box}").catalog.upstreams["up"]
+    assert (upstream.max_in_flight, upstream.heartbeat_s) == (16, 90)
+    [default] = load_text(SMALL).catalog.upstreams.values()
+    assert (default.max_in_flight, default.heartbeat_s) == (None, None)
+    assert mistakes(f"upstreams:\n{box.replace('16', '0')}") == [
+        "f.yaml:2: upstreams.up.max_in_flight: 0 is not allowed here; write 1 or more, or remove the key"
+    ]
+
+
 def test_groups_and_quotas_are_in_the_order_of_the_file():
     """Calendar windows have the file's time zone and first day of the week."""
     groups = whole().policy.groups
@@ -307,7 +319,7 @@ NO_SUCH = "users.alice.groups[0]: there is no group"
             f"users:\n  a: {{keys: [{KEY}]}}\nadmin_keys: {{ops: {KEY}}}",
             ["4: users.a.keys[0]: an admin already has this key; write another one"],
         ),
-        ("users: [alice]", ['3: users: this must be a mapping; write "name: …" lines below it']),
+        ("users: alice", ['3: users: this must be a mapping; write "name: …" lines below it']),
         (
             "server: {api: 010}",
             [
@@ -442,6 +454,8 @@ def test_the_example_shows_every_key():
         schema.File,
         schema.Server,
         schema.Upstream,
+        schema.FetchedKey,
+        schema.OAuth,
         schema.Model,
         schema.Target,
         schema.Group,
@@ -457,7 +471,9 @@ def test_the_example_shows_every_key():
         schema.SignedHeader,
     ):
         for key in section.named_fields():
-            assert re.search(rf"^[^#\n]*\b{key}:", text, flags=re.MULTILINE), f"{section.__name__}.{key}"
+            # The file that `ca` names has to exist, so the example shows it in a comment.
+            before = "[^\n]*" if key == "ca" else "[^#\n]*"
+            assert re.search(rf"^{before}\b{key}:", text, flags=re.MULTILINE), f"{section.__name__}.{key}"
 
 
 # ---------------------------------------------------------------------------------------------------------- any text
@@ -511,6 +527,20 @@ def test_any_text_raises_bad_config(text):
         load_text(f"{text}\ud800")
     with pytest.raises(BadConfig):
         load_text(text)
+
+
+def test_smallest_answer_at_the_top_is_for_models_that_state_none() -> None:
+    """Also for unlisted names. Without it a model has none, and quotas of any size decide."""
+    text = "models: {a: {smallest_answer: 7}, b: {}, '*': {}}\n"
+    catalog = load_text(f"{SMALL}{text}smallest_answer: 500\n").catalog
+    found = [catalog.model(name) for name in ("a", "b", "unlisted")]
+    assert [model and model.smallest_answer for model in found] == [7, 500, 500]
+    opened = load_text(f"{SMALL}smallest_answer: 2k\n").catalog.model("any")
+    assert opened is not None
+    assert opened.smallest_answer == 2000
+    without = load_text(SMALL).catalog.model("any")
+    assert without is not None
+    assert without.smallest_answer is None
 
 
 def test_refuse_and_naming_of_an_upstream() -> None:

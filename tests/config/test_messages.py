@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.config.document import Finding
-from proxy.config.messages import did_you_mean, read_file, with_path
+from proxy.config.messages import read_file, with_path
 
 VALID = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 
@@ -36,8 +36,9 @@ QUOTA = "groups.staff.quotas.daily"
         (
             lambda: texts(server={"port": 1}),
             [
-                'server: "port" is not a key of server; write one of api, admin, admin_url, admin_hosts, cors, '
-                "connections, connections_per_address, trusted_proxies, body_memory"
+                'server: "port" is not a key of server; write one of api, admin, prefix, api_url, admin_url, '
+                "admin_hosts, cors, connections, connections_per_address, trusted_proxies, body_memory, "
+                "shutdown_delay"
             ],
         ),
         (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is not a key of a quota; did you mean "tokens"?']),
@@ -84,10 +85,10 @@ QUOTA = "groups.staff.quotas.daily"
         ),
         (lambda: texts(groups={"staff": None}), [f"groups.staff: {EMPTY}"]),
         (
-            lambda: texts(groups={"staff": []}),
+            lambda: texts(groups={"staff": "x"}),
             ['groups.staff: this must be a mapping; write "key: value" lines below it'],
         ),
-        (lambda: texts(groups=["staff"]), ['groups: this must be a mapping; write "name: …" lines below it']),
+        (lambda: texts(groups="staff"), ['groups: this must be a mapping; write "name: …" lines below it']),
         (lambda: texts(upstreams={}), ["upstreams: this has no entries; add at least one"]),
         (
             lambda: texts(upstreams={"a": {}}),
@@ -140,7 +141,93 @@ def test_a_key_path_has_dots_between_names_and_brackets_around_indexes():
     assert with_path((), "no") == "no"
 
 
-def test_a_similar_word_is_suggested():
-    """Only if one is similar. A word of a megabyte is compared at once."""
-    assert did_you_mean("staf", ["staff", "admins"]) == 'did you mean "staff"?'
-    assert did_you_mean("x" * 1_000_000, ["staff"]) == ""
+LIST = 'this must be a mapping and not a list; write "name:" in place of each "- ", and the rest indented below it'
+KIND_WORDS = "openai, azure, anthropic, vllm, ollama, llamacpp or simulator"
+
+
+@pytest.mark.parametrize(
+    ("found", "hint"),
+    [
+        (lambda: texts(upstreams={"a": {"base_url": "http://a", "kind": "opneai"}}), 'did you mean "openai"?'),
+        (lambda: texts(upstreams={"a": {"base_url": "http://a", "kind": "OpenAI"}}), 'did you mean "openai"?'),
+        (
+            lambda: texts(upstreams={"a": {"base_url": "http://a", "kind": "together"}}),
+            f"write {KIND_WORDS}; openai is right for OpenRouter, LiteLLM and most others",
+        ),
+        (
+            lambda: texts(upstreams={"a": {"base_url": "http://a", "on_disconnect": "drian"}}),
+            'did you mean "drain"?',
+        ),
+        (lambda: texts(combine="any"), 'did you mean "any_group"?'),
+        (lambda: texts(combine=["any_group"]), "write any_group or every_group"),
+        (lambda: texts(unmatched="alow"), 'did you mean "allow"?'),
+        (lambda: texts(week_starts="Mon"), 'did you mean "monday"?'),
+        (lambda: texts(log={"format": "JSON"}), 'did you mean "json"?'),
+        (lambda: texts(log={"calls": "refused"}), 'did you mean "refusals"?'),
+        (lambda: texts(models={"m": {"encoding": "bert"}}), "write o200k_base, "),
+        (lambda: texts(models={"m": {"encoding": "cl100k"}}), 'did you mean "cl100k_base"?'),
+        (lambda: texts(admin_keys={"ops": {"key": "k" * 24, "role": "admin"}}), 'did you mean "administrator"?'),
+        (lambda: quota(per="day", tokens=1, enforce="Exact"), 'did you mean "exact"?'),
+    ],
+)
+def test_a_word_of_a_closed_list_is_suggested(found, hint):
+    """For every setting that takes one of a few words."""
+    [text] = found()
+    assert f"this is not an allowed value; {hint}" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (
+            lambda: texts(groups={"staff": {"tokens": 5, "quotas": {}}}),
+            'groups.staff: "tokens" is not a key of a group, but of a quota; each quota has a name: write quotas: '
+            "{daily: {tokens: 200k, per: day}}",
+        ),
+        (
+            lambda: texts(groups={"staff": {"quotas": {"tokens": 5}}}),
+            "groups.staff.quotas.tokens: each quota has a name: write quotas: {daily: {tokens: 200k, per: day}}",
+        ),
+        (
+            lambda: texts(groups=[{"name": "staff"}]),
+            f"groups: {LIST}",
+        ),
+        (
+            lambda: texts(base_url="https://x/v1"),
+            '"base_url" is not a key of the file; it is a key of an upstream: check the indentation of this line',
+        ),
+        (
+            lambda: texts(groups={"users": {"alice": {}}}),
+            'groups.users: "alice" is not a key of a group; if "users" is meant to be the section of the file, begin '
+            "its line at the left margin",
+        ),
+        (
+            lambda: texts(litellm_settings={}),
+            '"litellm_settings" is not a key of the file; it is a section of LiteLLM: docs/litellm.md of this '
+            "project says what its settings are called here",
+        ),
+        (
+            lambda: quota(tokens=1, period="day"),
+            f'{QUOTA}: "period" is not a key of a quota; did you mean "per"?',
+        ),
+        (
+            lambda: texts(groups={"staff": {"quotas": {"daily": {"tokens": 200, "000": 0, "per": "day"}}}}),
+            f'{QUOTA}: "000" is not a key of a quota; write a number without commas, as in 200_000',
+        ),
+        (
+            lambda: texts(users={"alice": {"key": "x"}}),
+            'users.alice: "key" is not a key of a user; did you mean "keys"?',
+        ),
+        (
+            lambda: texts(users={"alice": {"keys": ["$ALICE_KEY"]}}),
+            "users.alice.keys[0]: this is the name of a variable and not its value; write ${NAME}, with braces",
+        ),
+        (
+            lambda: texts(upstreams={"a": {"base_url": "http://a", "api_key": "os.environ/OPENAI_API_KEY"}}),
+            "upstreams.a.api_key: this is the name of a variable and not its value; write ${NAME}, with braces",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_says_where_it_belongs(found, text):
+    """And a name of a variable without its braces is not taken for a key."""
+    assert found() == [text]

@@ -263,6 +263,21 @@ async def test_the_log_names_sections_that_need_a_restart(tmp_path: Path) -> Non
     assert "staff/weekly" in text
 
 
+async def test_the_report_names_the_counters_that_start_at_0(tmp_path: Path) -> None:
+    """Those of a new or renamed quota, and of one whose `shared` is switched. A changed `per` or limit keeps them."""
+    own, shared = "{tokens: 1, per: day}", "{tokens: 1, per: day, shared: true}"
+    quotas = f"{{a: {own}, b: {own}, c: {shared}}}"
+    changed = f"{{a: {{tokens: 2, per: hour}}, b: {shared}, c: {own}, d: {own}}}"
+    disk = Disk(_config(tmp_path, f"groups: {{staff: {{quotas: {quotas}}}}}"))
+    policies = _policies(disk, Metrics())
+    disk.config = _config(tmp_path, f"groups: {{staff: {{quotas: {changed}}}}}")
+    with capture_logs() as logged:
+        assert await policies.reload() is True
+    names = ("staff/b", "staff/c", "staff/d")
+    assert policies.last_reload.counters_start_at_0 == names
+    assert [tuple(line["counters_start_at_0"]) for line in logged if line["event"] == "policy reloaded"] == [names]
+
+
 async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
     """T79: after a reload that removes the model, the running stream ends normally and the next call gets a 404."""
     body: dict[str, Any] = {

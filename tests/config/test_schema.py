@@ -7,13 +7,11 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from proxy.config import values
+from proxy.config.catalog import Allow, FetchedKey, Model, OAuth, Target, Upstream
 from proxy.config.json_schema import json_schema
 from proxy.config.schema import (
     AdminKey,
-    Allow,
-    Count,
     File,
-    Flag,
     Group,
     HeaderSource,
     Identity,
@@ -21,28 +19,22 @@ from proxy.config.schema import (
     Keep,
     Log,
     MappedGroup,
-    Model,
-    Name,
-    Positive,
     Quota,
-    Section,
     Server,
     SignedHeader,
-    Target,
-    Text,
-    Upstream,
     User,
     UserKey,
-    Wait,
     section_at,
 )
+from proxy.config.section import Count, Flag, Name, Positive, Section, Text, Wait
+from proxy.policy.amounts import Measure
 from proxy.policy.catalog import Secret
 from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 SECTIONS = (
-    *(File, Server, Log, Keep, Allow, Upstream, Target, Model, Group, Quota),
+    *(File, Server, Log, Keep, Allow, FetchedKey, OAuth, Upstream, Target, Model, Group, Quota),
     *(AdminKey, User, UserKey, Identity, IdentitySources, HeaderSource, MappedGroup, SignedHeader),
 )
 
@@ -201,6 +193,8 @@ def test_secrets_are_not_in_the_repr():
         (("upstreams", "box", "a"), Upstream),
         (("models", "m", "upstreams", 0, "a"), Target),
         (("upstreams", "box", "allow", "a"), Allow),
+        (("upstreams", "box", "api_key", "a"), FetchedKey),
+        (("upstreams", "box", "api_key", "oauth", "a"), OAuth),
         (("models", "m", "allow", "a"), Allow),
         (("models", "m", "a"), Model),
         (("groups", "g", "a"), Group),
@@ -264,6 +258,13 @@ def test_the_json_schema_of_a_number_allows_integers_and_text():
 def test_the_committed_json_schema_is_up_to_date():
     """If it fails, run: python -m proxy schema > config/quotas.schema.json."""
     assert (ROOT / "config" / "quotas.schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_the_json_schema_marks_each_limit_with_its_measure():
+    """So that a form for quotas needs no list of them."""
+    fields = json.loads(json_schema())["$defs"]["Quota"]["properties"]
+    marked = {name: field["x-measure"] for name, field in fields.items() if "x-measure" in field}
+    assert marked == {measure.value: measure.value for measure in Measure}
 
 
 def test_the_json_schema_rejects_what_the_file_rejects():

@@ -3,7 +3,8 @@
 import pytest
 
 from proxy.config.loader import load_text
-from proxy.config.sentences import sentences
+from proxy.config.sentences import quota_sentence, sentences
+from tests.builders import quota
 from tests.config.test_lint import ADMINS, DAILY, IN_BOTH, UPSTREAM, group
 
 
@@ -61,6 +62,34 @@ def test_each_group_is_described_in_a_sentence(below, sentence):
     if "{groups: [staff]}" in below and ("everyone" in below or "default" in below):
         below = below.replace("{groups: [staff]}", "{}")
     assert printed(below)[0] == sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "members", "over", "whose", "end"),
+    [
+        ({}, 42, 3, "Each of 42 members", "; 3 of them are over now."),
+        ({}, 1, 1, "Its one member", "; 1 is over now."),
+        ({}, 0, 0, "Its members (none now)", "; none of them is over now."),
+        ({}, None, 0, "Each member", "."),
+        ({"shared": True}, 9, 0, "All 9 members together", "; they are not over now."),
+        ({"shared": True}, 9, 1, "All 9 members together", "; they are over now."),
+        ({"shared": True}, None, 0, "All its members together", "."),
+        ({"id": "everyone/daily"}, 0, 2, "Every user, whatever the group,", "; 2 of them are over now."),
+    ],
+)
+def test_a_quota_is_described_with_its_members(fields, members, over, whose, end):
+    """With `is_trial` as it would be."""
+    made = quota(fields.get("id", "staff/daily"), tokens=1000, shared="shared" in fields)
+    allows = f"{whose} may use 1,000 tokens a day of any model"
+    assert quota_sentence(made, members, over, is_trial=False) == allows + end
+    end = end.replace("are not over", "would not be over").replace("are over", "would be over")
+    assert quota_sentence(made, members, over, is_trial=True) == allows + end.replace("is over", "would be over")
+
+
+def test_a_quota_for_some_models_names_them():
+    made = quota("staff/daily", tokens=1, requests=5, models=["o*", "gpt-4o"])
+    text = "Each member may use 1 token and 5 requests a day of o*, gpt-4o."
+    assert quota_sentence(made, None, 0, is_trial=False) == text
 
 
 def test_the_sentences_are_in_the_order_of_the_file():

@@ -15,6 +15,7 @@ A_KEY = "a-key-of-24-characters-x"
 DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 
 NUMBER = "is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M"
+NO_LIMIT = "is not a whole number from 0 up; for no limit, remove the key"
 ADDRESS = "is not an address; write host:port, as in 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 ORIGIN = 'is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
 URL = "this is not an http:// or https:// address; write one such as https://api.openai.com/v1"
@@ -23,6 +24,8 @@ STANDARD = "this member is read anyway; write only members that total_tokens doe
 VERSION = "this is not a version of Azure's API; write one such as 2024-10-21 or 2025-04-01-preview"
 NO_KEEP = "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
 NO_WAIT = "this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none"
+NO_HEARTBEAT = "this is too short for a heartbeat; write 1s or more, as in 15s, or remove it for none"
+EMPTY_HOST = "one of the hosts in this URL is empty; write host1,host2 without a comma before or after"
 DATABASE = "this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
 CUT = (
     "the user or the password in this URL has a character that ends it; write ${PASSWORD} for it alone, or "
@@ -60,6 +63,12 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.count, "200k", 200_000),
         (values.count, "5M", 5_000_000),
         (values.count, "1_000k", 1_000_000),
+        (values.count, "1.5k", 1500),
+        (values.count, "1.5M", 1_500_000),
+        (values.count, "1.234567M", 1_234_567),
+        (values.count, "0.001k", 1),
+        (values.count, "1.50k", 1500),
+        (values.count, "999999.999999M", 999_999_999_999),
         (values.positive, "1", 1),
         (values.per, "6h", "6h"),
         (values.per, "month", "month"),
@@ -87,10 +96,19 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
         (values.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
         (values.database, "postgresql://u:p@/db?host=/run/pg", "postgresql://u:p@/db?host=/run/pg"),
+        *(
+            (values.database, url, url)
+            for url in (
+                "postgresql://u:p,q@a:5432,[fd00::1]:5433,c/db?target_session_attrs=primary",
+                "postgresql://a,b/db?target_session_attrs=read-write",
+                "postgresql:///db?host=a,b&port=5432,5433&target_session_attrs=any",
+            )
+        ),
         (values.wait_ms, "30s", 30_000),
         (values.wait_ms, "10m", 600_000),
         (values.wait_ms, "0s", 0),
         (values.ledger_wait_ms, "1s", 1000),
+        (values.heartbeat_ms, "15s", 15_000),
         (values.wait_ms, 0, 0),
         (values.keep_ms, "1d", 86_400_000),
         (values.keep_ms, "52w", 364 * 86_400_000),
@@ -142,13 +160,16 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
             "a\nb",
             "this has more than one line, or characters that can't be printed; write one line of text",
         ),
-        (values.count, -1, f'"-1" {NUMBER}'),
-        (values.count, "-1", f'"-1" {NUMBER}'),
-        (values.count, "200K", f'"200K" {NUMBER}'),
-        (values.count, "5m", f'"5m" {NUMBER}'),
-        (values.count, "1.5M", f'"1.5M" {NUMBER}'),
-        (values.count, "1e3", f'"1e3" {NUMBER}'),
-        (values.count, "010", f'"010" {NUMBER}'),
+        (values.count, -1, f'"-1" {NO_LIMIT}'),
+        (values.count, "-1", f'"-1" {NO_LIMIT}'),
+        (values.count, "unlimited", f'"unlimited" {NO_LIMIT}'),
+        (values.count, -2, f'"-2" {NUMBER}'),
+        (values.count, "200K", '"200K" is not a whole number from 0 up; did you mean 200k?'),
+        (values.count, "5m", '"5m" is not a whole number from 0 up; did you mean 5M?'),
+        (values.count, "1e3", '"1e3" is not a whole number from 0 up; did you mean 1k?'),
+        (values.count, "010", '"010" is not a whole number from 0 up; did you mean 10?'),
+        (values.count, "1.5", f'"1.5" {NUMBER}'),
+        (values.count, "1.2345k", '"1.2345k" is not a whole number; write 1234 or 1235'),
         (values.count, "20_0000", f'"20_0000" {NUMBER}'),
         (values.count, "\u0661", f'"\u0661" {NUMBER}'),
         (values.count, True, f'"True" {NUMBER}'),
@@ -167,6 +188,8 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
             '"Europe/Berln" is not a time zone; write an IANA name such as Europe/Berlin',
         ),
         (values.zone, "Europe", '"Europe" is not a time zone; write an IANA name such as Europe/Rome'),
+        (values.zone, "tokyo", '"tokyo" is not a time zone; write an IANA name such as Asia/Tokyo'),
+        (values.zone, "New York", '"New York" is not a time zone; write an IANA name such as America/New_York'),
         (values.zone, "../x", '"../x" is not a time zone; write an IANA name such as Europe/Berlin'),
         (values.zone, "", '"" is not a time zone; write an IANA name such as Europe/Berlin'),
         (values.address, "8080", f'"8080" {ADDRESS}'),
@@ -214,6 +237,13 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
         (values.database, "quotas.db", DATABASE),
         (values.database, "mysql://u:p@h/db", DATABASE),
         (values.database, "postgresql://[h/db", DATABASE),
+        (values.database, "postgresql://a:5432,b:x/db", DATABASE),
+        *((values.database, f"postgresql://u:p@{hosts}/db", EMPTY_HOST) for hosts in ("a:1,", ",a", "a,,b", "a,:1")),
+        (
+            values.database,
+            "postgresql://a,b/db?target_session_attrs=prefer-standby",
+            "target_session_attrs=prefer-standby asks for a server that can't write; remove it, or write primary",
+        ),
         *(
             (values.database, f"postgresql://{text}", CUT)
             for text in ("u:1/2@h/d", "u:1?2@h/d", "u:1#2@h/d", "u:1@2@h/d", "h/d#x")
@@ -242,11 +272,22 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
         (values.wait_ms, "11m", NO_WAIT),
         (values.ledger_wait_ms, "11m", NO_WAIT),
         (values.ledger_wait_ms, "0s", "this is shorter than a commit may take; write 1s or more"),
+        (values.heartbeat_ms, "0s", NO_HEARTBEAT),
+        (values.heartbeat_ms, 15, 'this is not a valid duration here; did you mean "15s"?'),
         (values.wait_ms, "day", NO_WAIT),
         (values.keep_ms, "23h", NO_KEEP),
         (values.keep_ms, "day", NO_KEEP),
-        (values.keep_ms, 90, NO_KEEP),
-        (values.wait_ms, 30, NO_WAIT),
+        (values.keep_ms, 90, 'this is not a valid time to keep records; did you mean "90d"?'),
+        (values.keep_ms, "3 months", 'this is not a valid time to keep records; did you mean "90d"?'),
+        (values.wait_ms, 30, 'this is not a valid duration here; did you mean "30s"?'),
+        (values.wait_ms, "30 sec", 'this is not a valid duration here; did you mean "30s"?'),
+        (values.per, "6 hours", '"6 hours" is no window: did you mean "6h"?'),
+        (
+            values.per,
+            "6M",
+            '"6M" could be minutes or months: write "6m" for minutes, or "180d" for as many months of 30 days',
+        ),
+        (values.secret, "$KEY", "this is the name of a variable and not its value; write ${NAME}, with braces"),
         (values.key_digest, "", "this key is empty; write one, or remove it"),
         (values.key_digest, "x" * 23, "this key is too short; use one of 24 random characters or more"),
         (values.key_digest, "x" * 24 + "\n", NO_HEADER),
