@@ -16,6 +16,7 @@ Begin with `change`, which every change passes. `directory` has users and keys (
 `words` finds keys in a text), `admin_keys` the keys of administrators, `policy` groups and quotas (`policy_rows` is
 how they are stored), `grants` what is added to quotas, and `counters` their reset; `effects` says what a change of
 the policy does. The lists are in these modules too, and in `attention`, `refusals`, `in_flight`, `audit` and
-`replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a user is admitted or not.
-`refresh` brings changes into force in a process, and `upkeep` deletes old rows.
+`replicas`; `pages`, `search` and `csv` are what lists have in common. `levels` has what metrics state of quotas.
+`explain` says why a user is admitted or not. `refresh` brings changes into force in a process, and `upkeep` deletes
+old rows.
 """

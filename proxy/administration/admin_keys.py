@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.administration.change import ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of, valid
 from proxy.administration.pages import Page, Paging
 from proxy.config import values
-from proxy.config.messages import did_you_mean
+from proxy.config.suggestions import did_you_mean
 from proxy.identity.keys import NewKey, make_key
 from proxy.ledger.rows import names_of
 from proxy.ledger.schema import admin_keys

@@ -13,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.identity.database import DirectoryDatabase
 from proxy.ledger.schema import audit, directory
 
+REASON_CHARACTERS_MAX = 500
+
 T = TypeVar("T")
 
 
@@ -34,6 +36,14 @@ class Conflict(ChangeRefused):
 
 class PreconditionFailed(ChangeRefused):
     """Somebody has changed the resource since the client read it (`If-Match`, RFC 9110 §13.1.1)."""
+
+
+def check_reason(reason: str, *, is_required: bool = False) -> None:
+    """Raise ChangeRefused unless the audit log can show this as the reason of a change."""
+    if is_required and not reason.strip():
+        raise ChangeRefused("reason", "write why")
+    if len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
+        raise ChangeRefused("reason", f"write it in one line of at most {REASON_CHARACTERS_MAX} characters")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, Changes, NotFound
+from proxy.administration.change import Change, ChangeRefused, Changes, NotFound, check_reason
 from proxy.administration.pages import Page, Paging, cursor_of
 from proxy.administration.records import audit_name
 from proxy.identity.directory import UserId
@@ -288,12 +288,13 @@ class Reset:
 
 
 async def make_reset(
-    changes: Changes, policy: Policy, target: ResetTarget, *, groups: Collection[str] | None = None
+    changes: Changes, policy: Policy, target: ResetTarget, *, groups: Collection[str] | None = None, reason: str = ""
 ) -> Reset:
     """`reset` as a change of its own, with its row in the audit log. Also raises StoreUnavailable."""
+    check_reason(reason)
     user = None if target.user is None else audit_name(UserId.of_subject(target.user))
     async with changes.begin("counters.reset", user or target.group or target.quota or "") as change:
-        return await reset(change, policy, target, groups=groups, now=changes.now)
+        return await reset(change, policy, target, groups=groups, reason=reason, now=changes.now)
 
 
 async def reset(
@@ -302,6 +303,7 @@ async def reset(
     target: ResetTarget,
     *,
     groups: Collection[str] | None = None,
+    reason: str = "",
     now: Callable[[], int],
 ) -> Reset:
     """Set what counters with an open window have used to 0, and note it in the audit log.
@@ -325,9 +327,10 @@ async def reset(
             for quota, number, *numbers in map(tuple, sums)
         )
     )
+    emptied_quotas = {each.quota: dict.fromkeys(each.used, 0) for each in done.quotas}
     change.note(
         {"used": {each.quota: each.used for each in done.quotas}},
-        {"used": {each.quota: dict.fromkeys(each.used, 0) for each in done.quotas}, "counters": done.counters},
+        {"used": emptied_quotas, "counters": done.counters, **({"reason": reason} if reason else {})},
     )
     return done
 

@@ -29,7 +29,7 @@ from proxy.administration.records import (
 from proxy.administration.search import contains
 from proxy.administration.words import words
 from proxy.config import values
-from proxy.config.messages import did_you_mean
+from proxy.config.suggestions import did_you_mean
 from proxy.identity.database import (
     find_row,
     insert_user,
@@ -414,7 +414,7 @@ class DirectoryAdministration:
             copied = sa.select(api_keys).where(api_keys.c.id == id)
             row = dict((await change.connection.execute(copied)).mappings().one())
             made = {"id": new.id, "digest": new.digest, "created_at": now, "created_by": self.changes.author.actor}
-            unused = {"used_at": None, "cut_version": None, "replaced_by": None}
+            unused = {"used_at": None, "used_from": None, "cut_version": None, "replaced_by": None}
             await change.connection.execute(sa.insert(api_keys).values(**{**row, **made, **unused}))
             ends = min(now + overlap_ms, before.key.expires_at or now + overlap_ms)
             of_id = sa.update(api_keys).where(api_keys.c.id == id)

@@ -1,9 +1,10 @@
 """What a change of the policy does: how many users it touches, how many are over a limit then, and warnings."""
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import orjson
 import sqlalchemy as sa
@@ -12,9 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.config.lint import policy_warnings
 from proxy.config.loader import Config, FileUser
 from proxy.identity.directory import FILE
+from proxy.ledger.queries import IS_OF_MEMBER, used_of
 from proxy.ledger.schema import counters, users
 from proxy.policy.policy import DEFAULT, EVERYONE
-from proxy.policy.quota import Quota
+from proxy.policy.quota import Quota, shared_subject
 
 # Combinations of groups of users of the database that warnings look at.
 _COMBINATIONS_MAX = 1000
@@ -36,8 +38,20 @@ class Effects:
     warnings: tuple[str, ...] = ()
 
 
-async def effects_of(connection: AsyncConnection, before: Config, after: Config, *, now: int) -> Effects:
-    """The effects of a change from one policy in force to another. `now` is in ms."""
+class Reach(NamedTuple):
+    """How many members a quota has, and how many of them (its pot: 0 or 1) are at or above one of its limits now.
+
+    `members` None: they are not known.
+    """
+
+    members: int | None
+    over: int
+
+
+async def effects_of(
+    connection: AsyncConnection, before: Config, after: Config, *, now: int, reach_of: Collection[Quota] = ()
+) -> tuple[Effects, dict[str, Reach]]:
+    """The effects of a change from one policy in force to another, and the reach of quotas of it. `now` is in ms."""
     was, will = before.policy.quotas, after.policy.quotas
     changed = [quota for id, quota in will.items() if was.get(id) != quota]
     gone = [quota for id, quota in was.items() if id not in will]
@@ -49,9 +63,12 @@ async def effects_of(connection: AsyncConnection, before: Config, after: Config,
     }
     combinations = await _combinations(connection)
     warnings = await asyncio.to_thread(_new_warnings, before, after, combinations)
-    touched = sum(count for groups, count in _counted(before, after, combinations) if _is_touched(groups, names))
-    over = sum([await _over(connection, quota, now) for quota in changed])
-    return Effects(touched, over, warnings)
+    counted = list(_counted(before, after, combinations))
+    touched = sum(count for groups, count in counted if _is_touched(groups, names))
+    over = {quota.id: await _over(connection, quota, now) for quota in dict.fromkeys((*changed, *reach_of))}
+    members = _members_by_group(counted)
+    reach = {quota.id: Reach(members[quota.group], over[quota.id]) for quota in reach_of}
+    return Effects(touched, sum(over[quota.id] for quota in changed), warnings), reach
 
 
 def _shape(config: Config, name: str) -> object:
@@ -89,6 +106,14 @@ def _is_touched(groups: tuple[str, ...], names: set[str]) -> bool:
     return EVERYONE in names or not names.isdisjoint(groups) or (DEFAULT in names and not groups)
 
 
+def _members_by_group(counted: Iterable[tuple[tuple[str, ...], int]]) -> Counter[str]:
+    members: Counter[str] = Counter()
+    for groups, count in counted:
+        for name in {EVERYONE, *(groups or (DEFAULT,))}:
+            members[name] += count
+    return members
+
+
 def _new_warnings(before: Config, after: Config, combinations: Iterable[_Combination]) -> tuple[str, ...]:
     """The warnings about the policy that the change brings. Users of the database count as those of the file."""
     pseudo = tuple(combinations)
@@ -108,18 +133,11 @@ def _with_users(config: Config, combinations: Iterable[_Combination]) -> Config:
 
 async def _over(connection: AsyncConnection, quota: Quota, now: int) -> int:
     """How many counters of a quota are at or above one of its limits in their open window."""
-    limits = [_used(limit.measure.quantities) >= limit.maximum for limit in quota.window_limits]
+    limits = [used_of(limit.measure) >= limit.maximum for limit in quota.window_limits]
     if not limits:
         return 0
-    open_ones = (counters.c.quota_id == quota.id, counters.c.resets_at > now)
+    is_counted = counters.c.subject == shared_subject(quota.group) if quota.shared else IS_OF_MEMBER
+    open_ones = (counters.c.quota_id == quota.id, is_counted, counters.c.resets_at > now)
     found = sa.select(sa.func.count()).select_from(counters).where(*open_ones, sa.or_(*limits))
     count: int = (await connection.execute(found)).scalar_one()
     return count
-
-
-def _used(quantities: Iterable[str]) -> sa.ColumnElement[Any]:
-    columns = [counters.c[f"used_{quantity}"] for quantity in quantities]
-    total: sa.ColumnElement[Any] = columns[0]
-    for column in columns[1:]:
-        total = total + column
-    return total

@@ -11,18 +11,17 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import ChangeRefused, Changes, NotFound
+from proxy.administration.change import ChangeRefused, Changes, NotFound, check_reason
 from proxy.administration.pages import Page, Paging
 from proxy.administration.search import is_of_groups
 from proxy.config.loader import Config
-from proxy.config.messages import did_you_mean
+from proxy.config.suggestions import did_you_mean
 from proxy.identity.keys import random_id
 from proxy.ledger.schema import grants
 from proxy.policy.amounts import MEASURES, TOKENS_MAX, Measure
 from proxy.policy.quota import Quota, group_of
 from proxy.policy.status import duration_text
 
-REASON_CHARACTERS_MAX = 500
 _LONGEST_MS = 366 * 86_400_000
 
 
@@ -194,8 +193,7 @@ def _check_values(new: NewGrant, now: int) -> None:
         raise ChangeRefused("until", "this is in the past; write a later instant")
     if new.until - now > _LONGEST_MS:
         raise ChangeRefused("until", f"this is in {duration_text(new.until - now)}; write at most a year")
-    if not new.reason.strip() or len(new.reason) > REASON_CHARACTERS_MAX or not new.reason.isprintable():
-        raise ChangeRefused("reason", f"write why, in one line of at most {REASON_CHARACTERS_MAX} characters")
+    check_reason(new.reason, is_required=True)
 
 
 def _record(row: sa.Row[Any]) -> GrantRecord:

@@ -8,22 +8,24 @@ again within its window goes on counting.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, etag_of, valid
-from proxy.administration.effects import Effects, effects_of
+from proxy.administration.effects import Effects, Reach, effects_of
 from proxy.administration.policy_rows import read_made, remove_members, set_groups_of_file_user, write_made
 from proxy.config import values
 from proxy.config.document import to_yaml
 from proxy.config.loader import Config
-from proxy.config.messages import did_you_mean, read_quota
+from proxy.config.messages import read_quota
 from proxy.config.overlay import MadeGroup, MadePolicy, MadeQuota, Overlaid, overlaid
 from proxy.config.schema import Quota as QuotaSection
+from proxy.config.sentences import quota_sentence
+from proxy.config.suggestions import did_you_mean
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Measure
 from proxy.policy.quota import Quota
@@ -130,14 +132,19 @@ class PolicyAdministration:
 
     # Quotas
 
-    async def set_quota(self, group: str, name: str, fields: Fields) -> tuple[QuotaRecord, Effects]:
-        """Make a quota, or change its fields: all that are not given have their defaults. A limit of None is none."""
+    async def set_quota(self, group: str, name: str, fields: Fields) -> tuple[QuotaRecord, Effects, str]:
+        """Make a quota, or change its fields: all that are not given have their defaults. A limit of None is none.
+
+        Returns a sentence about it too, as do the changes of several quotas.
+        """
         quota = self._checked_quota(group, name, fields)
         async with self._policy_change("quota.set", quota.id) as change:
             before = await self._read(change)
             after = _with_quotas(before, [quota])
             await self._write_quota(change, before, after, quota.id)
-        return _quota_record(self.file, after, group, name), await self._effects(before, after)
+        record = _quota_record(self.file, after, group, name)
+        effects, [sentence] = await self._described(before, after, [record])
+        return record, effects, sentence
 
     async def delete_quota(self, group: str, name: str) -> Effects:
         """Delete a quota. Calls in flight go on, and its counters stay until their windows end."""
@@ -151,19 +158,23 @@ class PolicyAdministration:
             await self._write_quota(change, before, after, id)
         return await self._effects(before, after)
 
-    async def set_quotas(self, group: str, wanted: Mapping[str, Fields]) -> tuple[QuotaSet, Effects]:
+    async def set_quotas(self, group: str, wanted: Mapping[str, Fields]) -> tuple[QuotaSet, Effects, list[str]]:
         """Replace all quotas of a group that were made at run time, in this order."""
-        made = [self._checked_quota(group, name, fields) for name, fields in wanted.items()]
+        made = []
+        for number, (name, fields) in enumerate(wanted.items()):
+            with _in_row(number):
+                made.append(self._checked_quota(group, name, fields))
         return await self._replace("quotas.set", group, made, lambda quota: quota.group == group, group=group)
 
-    async def set_model_quotas(self, model: str, wanted: Iterable[ModelQuota]) -> tuple[QuotaSet, Effects]:
+    async def set_model_quotas(self, model: str, wanted: Iterable[ModelQuota]) -> tuple[QuotaSet, Effects, list[str]]:
         """Replace the quotas of all groups that were made at run time for this model name alone."""
         valid("model", values.glob, model)
         derived = values.derived_name(model)
-        made = [
-            self._checked_quota(each.group, each.name or derived, {**each.fields, "models": [model]})
-            for each in wanted
-        ]
+        made = []
+        for number, each in enumerate(wanted):
+            with _in_row(number):
+                fields = {**each.fields, "models": [model]}
+                made.append(self._checked_quota(each.group, each.name or derived, fields))
         return await self._replace(
             "quotas.set_for_model", model, made, lambda quota: _is_for(quota, model), model=model
         )
@@ -175,25 +186,27 @@ class PolicyAdministration:
         made: Sequence[MadeQuota],
         is_replaced: Callable[[MadeQuota], bool],
         **listed: str,
-    ) -> tuple[QuotaSet, Effects]:
+    ) -> tuple[QuotaSet, Effects, list[str]]:
         ids = [quota.id for quota in made]
-        for id in ids:
-            if ids.count(id) > 1:
-                raise ChangeRefused("name", f"{id} is given twice; give each quota of a group its own name")
+        for number, id in enumerate(ids):
+            if id in ids[:number]:
+                text = f"{id} is given twice; give each quota of a group its own name"
+                raise ChangeRefused(f"quotas.{number}.name", text)
         async with self._policy_change(action, target) as change:
             before = await self._read(change)
             change.check_match(_set_etag(_listed(before, **listed)))
             gone = {quota.id for quota in before.quotas if is_replaced(quota)} - set(ids)
             taken = [quota.id for quota in before.quotas if quota.id in ids and not is_replaced(quota)]
             if taken:
-                raise Conflict("name", f"{taken[0]} is a quota for other models; give this one another name")
+                text = f"{taken[0]} is a quota for other models; give this one another name"
+                raise Conflict(f"quotas.{ids.index(taken[0])}.name", text)
             after = _with_quotas(_without_quotas(before, gone), made)
             changed = [*gone, *ids]
-            await self._check(before, after, changed)
+            await self._check(before, after, changed, rows=ids)
             change.note(_documents(before, changed), _documents(after, changed))
             await write_made(change.connection, before, after)
         shown = await asyncio.to_thread(_quota_set, self.file, after, **listed)
-        return shown, await self._effects(before, after)
+        return shown, *await self._described(before, after, shown.data)
 
     # Groups
 
@@ -298,15 +311,32 @@ class PolicyAdministration:
         return await read_made(change.connection, self.changes.now())
 
     async def _effects(self, before: MadePolicy, after: MadePolicy) -> Effects:
-        """What a change does to members, read after it, so that nobody waits for it."""
-        was, now = await asyncio.to_thread(lambda: (overlaid(self.file, before), overlaid(self.file, after)))
+        effects, _ = await self._described(before, after, ())
+        return effects
+
+    async def _described(
+        self, before: MadePolicy, after: MadePolicy, records: Sequence[QuotaRecord]
+    ) -> tuple[Effects, list[str]]:
+        """What a change does to members, and a sentence about each quota. Read after it, so that nobody waits."""
+        is_trial = self.changes.conditions.is_trial
+        was, will = await asyncio.to_thread(lambda: (overlaid(self.file, before), overlaid(self.file, after)))
+        quotas, reach = will.config.policy.quotas, dict[str, Reach]()
+        described = [quotas[record.id] for record in records if record.without_effect is None]
         try:
             async with self.changes.database.read() as connection:
-                return await effects_of(connection, was.config, now.config, now=self.changes.now())
+                now = self.changes.now()
+                effects, reach = await effects_of(connection, was.config, will.config, now=now, reach_of=described)
         except StoreUnavailable:
-            if self.changes.conditions.is_trial:
+            if is_trial:
                 raise
-            return Effects(warnings=(_NOT_READ,))  # the change is made, so it must not be answered as if it failed
+            effects = Effects(warnings=(_NOT_READ,))  # the change is made, so it must not be answered as if it failed
+        unknown = Reach(None, 0)
+        sentences = {
+            quota.id: quota_sentence(quota, *reach.get(quota.id, unknown), is_trial=is_trial) for quota in described
+        }
+        return effects, [
+            sentences.get(record.id) or f"It has no effect: {record.without_effect}." for record in records
+        ]
 
     async def _write_quota(self, change: Change, before: MadePolicy, after: MadePolicy, id: str) -> None:
         was = next((quota for quota in before.quotas if quota.id == id), None)
@@ -315,8 +345,10 @@ class PolicyAdministration:
         change.note(_documents(before, [id]).get(id), _documents(after, [id]).get(id))
         await write_made(change.connection, before, after)
 
-    async def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
-        """Raise ChangeRefused if something that is changed would have no effect."""
+    async def _check(
+        self, before: MadePolicy, after: MadePolicy, ids: Collection[str], *, rows: Sequence[str] = ()
+    ) -> None:
+        """Raise ChangeRefused if something that is changed would have no effect. `rows` are the ids of a set."""
         wanted = set(ids)
         found = await asyncio.to_thread(overlaid, self.file, after)
         problems = [each for each in found.without_effect if each.id in wanted]
@@ -326,7 +358,8 @@ class PolicyAdministration:
         already = {each.id for each in was.without_effect}
         for problem in problems:
             if problem.id not in already:
-                raise Conflict("id", f"{problem.id} would have no effect: {problem.reason}")
+                field = f"quotas.{rows.index(problem.id)}.group" if problem.id in rows else "id"
+                raise Conflict(field, f"{problem.id} would have no effect: {problem.reason}")
 
     def _checked_quota(self, group: str, name: str, fields: Fields) -> MadeQuota:
         """The quota of these fields. Raises ChangeRefused with the name of the field."""
@@ -366,6 +399,16 @@ class PolicyAdministration:
                 await set_groups_of_file_user(
                     connection, user, names, at=self.changes.now(), by=self.changes.author.actor
                 )
+
+
+@contextmanager
+def _in_row(number: int) -> Iterator[None]:
+    """Name the field of a refusal as in the body of a change of several quotas: `quotas.1.tokens`."""
+    try:
+        yield
+    except ChangeRefused as refused:
+        refused.field = f"quotas.{number}.{refused.field}"
+        raise
 
 
 def document_of(quota: Quota) -> dict[str, object]:

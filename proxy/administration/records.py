@@ -50,7 +50,10 @@ class UserRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as administrators see it. `used_at` is when it was last used, to the minute; None: never, or unknown."""
+    """A key as administrators see it.
+
+    `used_at` is when it was last used, to the minute, and `used_from` the client's address; None: never, or unknown.
+    """
 
     key: Key
     owner: UserId
@@ -58,11 +61,14 @@ class KeyRecord:
     created_by: str | None = None
     used_at: int | None = None
     replaced_by: str | None = None
+    used_from: str | None = None
 
     @property
     def etag(self) -> str:
         """Changes whenever an administrator changes the key, and not when it is used."""
-        return etag_of({**self.as_json(), "used_at": None})
+        members = {**self.as_json(), "used_at": None}
+        del members["used_from"]  # an older release, which has none, must make the same
+        return etag_of(members)
 
     def as_json(self) -> dict[str, Any]:
         """The members, for output. Instants are in ms since 1970."""
@@ -79,6 +85,7 @@ class KeyRecord:
             "expires_at": key.expires_at,
             "revoked_at": key.revoked_at,
             "used_at": self.used_at,
+            "used_from": self.used_from,
             "created_at": self.created_at,
             "created_by": self.created_by,
             "replaced_by": self.replaced_by,
@@ -143,4 +150,5 @@ def user_record(row: sa.Row[Any]) -> UserRecord:
 def key_record(row: sa.Row[Any]) -> KeyRecord:
     """The key in a row of `api_keys`."""
     owner = UserId(row.user_source, row.user_id)
-    return KeyRecord(key_of(row), owner, row.created_at, row.created_by, row.used_at, row.replaced_by)
+    made = (row.created_at, row.created_by)
+    return KeyRecord(key_of(row), owner, *made, row.used_at, row.replaced_by, row.used_from)

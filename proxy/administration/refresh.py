@@ -42,7 +42,10 @@ class Refresh:
         self._policies = policies
         self._clock = clock
         self._now = now
-        self._seen: int | None = None
+        # Which version was brought into force, and after how many failovers. A failover may lose changes; then the
+        # next ones get the same numbers again.
+        self._failovers = 0
+        self._seen: tuple[int, int | None] | None = None
         self._began_s = clock()  # the last time that changes were looked for and could be read
         self._is_away = False
         self._lock = asyncio.Lock()
@@ -62,6 +65,11 @@ class Refresh:
             self._task = self._tasks.start("refresh", self.run())
         await asyncio.shield(self._task)  # a call may be cancelled, and others wait for the same
 
+    def read_again(self) -> None:
+        """Forget what was read before a failover. To be called when another server has the database."""
+        self._failovers += 1
+        self._directory.forget_all()
+
     async def close(self) -> None:
         """End what is running."""
         await self._tasks.finish(0)
@@ -76,12 +84,13 @@ class Refresh:
 
     async def _read_policy(self) -> bool:
         """Bring the policy into force if anything has changed. Whether the database could be read."""
-        version = self._directory.version
+        version = (self._failovers, self._directory.version)
         if version != self._seen:
+            has_failed_over = self._seen is not None and version[0] != self._seen[0]
             try:
                 async with self._database.read() as connection:
                     policy_version = await read_version(connection)
-                    if policy_version != self.policy_version:
+                    if policy_version != self.policy_version or has_failed_over:
                         await self._policies.set_made(await read_made(connection, self._now()))
             except StoreUnavailable as error:
                 log.warning("what was changed at run time can't be read", reason=str(error))

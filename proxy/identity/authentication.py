@@ -91,7 +91,7 @@ class Authentication:
         if owned.key.groups is not None and not set(owned.key.groups) & set(caller.groups):
             raise _invalid_key("its user is in none of its groups")
         if owned.owner.source != FILE or self._file.key(hashed) is None:
-            self._directory.note_used(owned.key)
+            self._directory.note_used(owned.key, address)
         return caller
 
     async def _identify_at(self, source: HeaderSource, headers: Headers) -> Caller:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.identity.directory import Cuts, OwnedKey, User, UserId
+from proxy.identity.directory import Cuts, KeyUse, OwnedKey, User, UserId
 from proxy.ledger.rows import names_of
 from proxy.ledger.schema import (
     api_keys,
@@ -131,18 +131,17 @@ class DirectoryDatabase:
                 frozenset(keys.scalars()), frozenset(UserId(*row) for row in people), frozenset(ended.scalars())
             )
 
-    async def note_used(self, used: Mapping[str, int]) -> None:
-        """Record when keys were last used (ms), by their ids."""
+    async def note_used(self, used: Mapping[str, KeyUse]) -> None:
+        """Record the last uses of keys, by their ids. Of two in one minute, the one that is recorded first stays."""
         statement = sa.update(api_keys).where(api_keys.c.id == sa.bindparam("key_id"))
         later = sa.or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < sa.bindparam("used"))
-        rows = [{"key_id": id, "used": at} for id, at in sorted(used.items())]
+        values: dict[str, Any] = {"used_at": sa.bindparam("used"), "used_from": sa.bindparam("address")}
+        rows = [{"key_id": id, "used": use.at, "address": use.address} for id, use in sorted(used.items())]
         for first in range(0, len(rows), _KEYS_AT_ONCE):
             async with self._store.transaction(writes=True) as connection:
                 # Else a change of several keys could wait for one of these rows, and this for one of that change.
                 await _lock(connection)
-                await connection.execute(
-                    statement.where(later).values(used_at=sa.bindparam("used")), rows[first : first + _KEYS_AT_ONCE]
-                )
+                await connection.execute(statement.where(later).values(values), rows[first : first + _KEYS_AT_ONCE])
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A transaction that only reads."""
@@ -157,6 +156,10 @@ class DirectoryDatabase:
         await self._change_in_steps(of_refusals, renamed, refusals.c.request_id)
         async with self._store.transaction(writes=True) as connection:
             await connection.execute(sa.delete(crossings).where(crossings.c.subject == user_subject(subject)))
+        async with self._store.transaction(writes=True) as connection:
+            await _lock(connection)  # as for the notes of other processes, which may come after the keys were revoked
+            own = is_of_user(api_keys, UserId.of_subject(subject))
+            await connection.execute(sa.update(api_keys).where(*own).values(used_from=None))
         while True:
             async with self._store.transaction(writes=True) as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)

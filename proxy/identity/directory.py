@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import structlog
 
@@ -79,6 +79,13 @@ class OwnedKey:
     owner: UserId
 
 
+class KeyUse(NamedTuple):
+    """When a key was used, in ms to the minute, and the client's address; None: it is not known."""
+
+    at: int
+    address: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Cuts:
     """Which calls in flight are to be ended at once: those of these keys, of these users, and with these ids."""
@@ -143,8 +150,8 @@ class DirectoryStore(Protocol):
     async def cuts_since(self, version: int) -> Cuts:
         """Which calls were to be ended at once by the changes after this version."""
 
-    async def note_used(self, used: Mapping[str, int]) -> None:
-        """Record when keys were last used (ms), by their ids."""
+    async def note_used(self, used: Mapping[str, KeyUse]) -> None:
+        """Record the last uses of keys, by their ids."""
 
 
 class Directory:
@@ -186,7 +193,7 @@ class Directory:
         self._keys: _Memory[OwnedKey] = _Memory(entries_max, clock)
         self._users: _Memory[User] = _Memory(entries_max, clock)
         self._full_until_s: dict[str, float] = {}  # by header sources that have all the users that they may have
-        self._used: dict[str, int] = {}
+        self._used: dict[str, KeyUse] = {}
         self._asking = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
         self._lookups = Tasks()
 
@@ -218,7 +225,12 @@ class Directory:
                 if version != self._version:
                     self.forget_all()
                     # At the first poll there are no calls yet that could be cut.
-                    cuts = Cuts() if self._version is None else await self._store.cuts_since(self._version)
+                    # A version that has gone back was lost in a failover. The one that was read may have cut calls.
+                    cuts = (
+                        Cuts()
+                        if self._version is None
+                        else await self._store.cuts_since(min(self._version, version - 1))
+                    )
                     if cuts:
                         self._on_cut(cuts)
         except (StoreUnavailable, TimeoutError) as error:
@@ -267,12 +279,12 @@ class Directory:
             self._full_until_s[identity.source] = self._clock() + _UNKNOWN_FOR_S
         return user
 
-    def note_used(self, key: Key) -> None:
-        """Note that a key was used now. `write_used` writes it."""
-        self._used[key.id] = self._now() // 60_000 * 60_000
+    def note_used(self, key: Key, address: str | None) -> None:
+        """Note that a key was used now from this address. `write_used` writes it."""
+        self._used[key.id] = KeyUse(self._now() // 60_000 * 60_000, address)
 
     async def write_used(self) -> None:
-        """Write when keys were last used, to the minute. What can't be written is tried again by the next run."""
+        """Write the last uses of keys. What can't be written is tried again by the next run."""
         used, self._used = self._used, {}
         try:
             if used:
@@ -281,9 +293,8 @@ class Directory:
             self._used = used | self._used
 
     async def close(self) -> None:
-        """End the lookups, and write when keys were last used."""
+        """End the lookups."""
         await self._lookups.finish(0)
-        await self.write_used()
 
     async def _find(self, memory: "_Memory[T]", name: Hashable, find: Callable[[], Awaitable[T | None]]) -> T | None:
         if self._clock() - self._confirmed_s <= _TRUSTED_FOR_S:

@@ -10,7 +10,7 @@ from proxy.administration.refusals import RefusalFilter, refusal, refusals
 from tests.builders import HOUR, MINUTE, NOON, group, policy, quota
 
 STAFF = quota("staff/6h", tokens=1000, per="6h")
-POT = quota("staff/pot", tokens=5000, requests=100, shared=True)
+POT = quota("staff/pot", tokens=5000, requests=100, shared=True, per="24h")
 LAB_POT = quota("lab/pot", tokens=100, shared=True, per="6h")
 SHADOW = quota("lab/shadow", tokens=10, shared=True, enforce="shadow")
 POLICY = policy(group("staff", STAFF, POT), group("lab", LAB_POT, SHADOW))

@@ -17,7 +17,7 @@ from proxy.administration.records import ImportedUser, KeyLimits
 from proxy.config.loader import FileUser, load_text
 from proxy.config.values import digest
 from proxy.identity.database import DirectoryDatabase
-from proxy.identity.directory import FileDirectory, UserId
+from proxy.identity.directory import FileDirectory, KeyUse, UserId
 from proxy.identity.keys import id_of
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
@@ -254,7 +254,8 @@ async def test_a_key_is_made_once_and_narrows_what_was_asked(admin):
     assert found.as_json() == {
         "id": new.id, "user": "database:bob", "label": "ci", "groups": ["lab"], "models": ["gpt-4o*"],
         "networks": ["10.0.0.0/8", "fd00::/8"], "tag": "nightly", "takes_tag_header": True, "expires_at": NOON + DAY,
-        "revoked_at": None, "used_at": None, "created_at": NOON, "created_by": "cli:ops", "replaced_by": None,
+        "revoked_at": None, "used_at": None, "used_from": None, "created_at": NOON, "created_by": "cli:ops",
+        "replaced_by": None,
     }  # fmt: skip
     assert (await admin.changes.database.find_key(digest(new.text))).owner == BOB
     stored = repr([*await all_of(admin, api_keys), *await all_of(admin, audit)])
@@ -370,6 +371,8 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     await used(store, user=BOB.subject, number=4, is_open=True)
     granting = GrantAdministration(admin.changes, GRANTING)
     await granting.create(NewGrant("staff/daily", BOB.subject, "tokens", 5, NOON + DAY, "bob asked"))
+    await admin.changes.database.note_used({new.id: KeyUse(NOON, "192.0.2.1")})
+    assert (await admin.key(new.id)).used_from == "192.0.2.1"
     await rows.refusal(1, BOB.subject, "staff/daily", NOON, details='{"user": "bob"}')
     pseudonym = await admin.forget(BOB)
     assert pseudonym.startswith("forgotten:")
@@ -378,6 +381,9 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     [day] = await all_of(admin, usage_by_day)
     assert (day["user_name"], day["calls"], day["input_tokens"]) == (pseudonym, 3, 27)
     assert (await admin.key(new.id)).key.revoked_at == NOON
+    assert (await admin.key(new.id)).used_from is None
+    # What another process noted before it knew.
+    await admin.changes.database.note_used({new.id: KeyUse(NOON + 60_000, "192.0.2.1")})
     shown = repr([await all_of(admin, table) for table in (audit, users)])
     assert "example.org" not in shown
     assert "bob" not in repr([await all_of(admin, table) for table in (audit, grants, refusals)])
@@ -393,6 +399,7 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     await store.roll_up(1000, None)  # before the record is anonymous: its sum has the name
     await admin.changes.database.free_forgotten()
     assert (await admin.user(BOB)).forgotten_at is not None
+    assert (await admin.key(new.id)).used_from is None
     assert {row["user_name"] for table in (calls, usage_by_day) for row in await all_of(admin, table)} == {pseudonym}
     assert await admin.forget(BOB) == pseudonym
     assert sum(row["calls"] for row in await all_of(admin, usage_by_day)) == 5

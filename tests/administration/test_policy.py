@@ -77,7 +77,7 @@ async def in_force(admin):
 
 
 async def test_a_quota_is_made_for_a_group_of_the_file_and_shown_as_yaml(admin):
-    record, effects = await admin.set_quota("staff", "weekly", {"tokens": "1M", "requests": 50, "per": "week"})
+    record, effects, _ = await admin.set_quota("staff", "weekly", {"tokens": "1M", "requests": 50, "per": "week"})
     assert (record.id, record.origin, record.created_by) == ("staff/weekly", "database", "cli:ops")
     assert (record.fields.tokens, record.fields.requests, record.fields.per) == (1_000_000, 50, "week")
     assert effects == Effects(members=2)
@@ -133,7 +133,7 @@ async def test_a_quota_that_would_have_no_effect_is_refused(admin, group, name, 
 async def test_an_edit_replaces_all_fields_so_a_blank_limit_is_cleared(admin):
     await admin.set_quota("staff", "weekly", {"tokens": 1000, "requests": 5, "per": "day"})
     first = await admin.quota("staff", "weekly")
-    record, _ = await admin.set_quota("staff", "weekly", {"tokens": None, "requests": 5, "per": "6h"})
+    record, *_ = await admin.set_quota("staff", "weekly", {"tokens": None, "requests": 5, "per": "6h"})
     assert (record.fields.tokens, record.fields.requests, record.fields.per) == (None, 5, "6h")
     assert record.etag != first.etag
     assert (await audited(admin))[-1][2:] == (
@@ -168,17 +168,22 @@ async def test_the_effects_of_a_change_count_members_and_who_is_over_now(admin, 
         act = [Reserve(name, "me", labels, ann, call(used, 10)), Settle(name, exactly(used, 0), "complete")]
         await store.apply(act, NOON)
     trial = under(admin, is_trial=True)
-    record, effects = await trial.set_quota("staff", "weekly", {"tokens": 500, "per": "day"})
+    record, effects, sentence = await trial.set_quota("staff", "weekly", {"tokens": 500, "per": "day"})
     assert record.fields.tokens == 500
     assert (effects.members, effects.members_over) == (3, 1)
+    assert sentence == "Each of 3 members may use 500 tokens a day of any model; 1 of them would be over now."
+    _, shared, _ = await trial.set_quota("staff", "weekly", {"tokens": 500, "per": "day", "shared": True})
+    assert shared.members_over == 0  # the pot starts at 0
+    deleted = await trial.delete_quota("staff", "weekly")
+    assert deleted == Effects(members=3)
     assert (await admin.quota("staff", "weekly")).fields.tokens == 1000
     assert len(await audited(admin)) == 1
 
 
 async def test_a_quota_that_can_never_refuse_is_a_warning_and_not_a_mistake(admin):
-    _, effects = await admin.set_quota("staff", "loose", {"tokens": "300k", "per": "day"})
+    _, effects, _ = await admin.set_quota("staff", "loose", {"tokens": "300k", "per": "day"})
     assert effects.warnings == ("staff/loose can never refuse a call: staff/daily is used up first",)
-    _, again = await admin.set_quota("staff", "other", {"requests": 9, "per": "day"})
+    _, again, _ = await admin.set_quota("staff", "other", {"requests": 9, "per": "day"})
     assert again.warnings == ()
 
 
@@ -186,7 +191,7 @@ async def test_a_quota_that_can_never_refuse_is_a_warning_and_not_a_mistake(admi
 
 
 async def test_the_second_of_two_administrators_is_told(admin):
-    first, _ = await admin.set_quota("staff", "weekly", DAILY)
+    first, *_ = await admin.set_quota("staff", "weekly", DAILY)
     await under(admin, if_match=first.etag).set_quota("staff", "weekly", {"tokens": 2000, "per": "day"})
     with pytest.raises(PreconditionFailed):
         await under(admin, if_match=first.etag).set_quota("staff", "weekly", {"tokens": 3000, "per": "day"})
@@ -198,7 +203,7 @@ async def test_the_second_of_two_administrators_is_told(admin):
 
 
 async def test_of_concurrent_edits_on_one_version_one_wins(admin):
-    first, _ = await admin.set_quota("staff", "weekly", DAILY)
+    first, *_ = await admin.set_quota("staff", "weekly", DAILY)
     edits = (
         under(admin, if_match=first.etag).set_quota("staff", "weekly", {"tokens": tokens, "per": "day"})
         for tokens in range(2000, 2008)
@@ -213,14 +218,25 @@ async def test_the_whole_set_of_a_group_is_replaced_in_one_change(admin):
         await admin.set_quota("staff", name, {"requests": 5, "per": "day"})
     before = await admin.quotas(group="staff")
     wanted = {"two": {"requests": 7, "per": "day"}, "three": {"requests": 9, "per": "6h"}}
-    after, _ = await under(admin, if_match=before.etag).set_quotas("staff", wanted)
+    after, _, sentences = await under(admin, if_match=before.etag).set_quotas("staff", wanted)
     assert [each.id for each in after.data] == ["staff/daily", "staff/two", "staff/three"]
+    assert sentences == [
+        f"Each of 2 members may use {allowed} of any model; none of them is over now."
+        for allowed in ("200,000 tokens a day", "7 requests a day", "9 requests in 6 hours from the first call")
+    ]
     action, target, was, now = (await audited(admin))[-1]
     assert (action, target) == ("quotas.set", "staff")
     assert set(was) == {"staff/one", "staff/two"}
     assert set(now) == {"staff/two", "staff/three"}
     with pytest.raises(PreconditionFailed):
         await under(admin, if_match=before.etag).set_quotas("staff", {})
+
+
+async def test_a_quota_without_effect_is_described_as_such(admin):
+    await admin.set_quota("staff", "weekly", DAILY)
+    file = load_text(FILE.replace("staff: {quotas: {daily: {tokens: 200k, per: day}}}", "staff: {unlimited: true}"))
+    _, _, sentences = await replace(admin, file=file).set_quotas("staff", {"weekly": DAILY})
+    assert sentences == ['It has no effect: the group "staff" is unlimited.']
 
 
 async def test_one_mistake_in_a_set_changes_nothing(admin):
@@ -241,13 +257,37 @@ async def test_the_quotas_of_a_model_over_all_groups_are_replaced_in_one_change(
         "staff/meta-llama-3",
         "lab/meta-llama-3",
     ]
-    after, _ = await admin.set_model_quotas("meta/llama-3", [ModelQuota("lab", {"tokens": 9, "per": "7d"}, "own")])
+    after, *_ = await admin.set_model_quotas("meta/llama-3", [ModelQuota("lab", {"tokens": 9, "per": "7d"}, "own")])
     [record] = after.data
     assert (record.id, record.fields.models, record.fields.tokens) == ("lab/own", ["meta/llama-3"], 9)
     with pytest.raises(Conflict, match="for other models"):
         await admin.set_model_quotas("o3", [ModelQuota("lab", {"tokens": 9, "per": "7d"}, "own")])
     with pytest.raises(ChangeRefused, match="given twice"):
         await admin.set_model_quotas("o3", [ModelQuota("lab", {"tokens": 9, "per": "7d"})] * 2)
+
+
+@pytest.mark.parametrize(
+    ("second", "field"),
+    [
+        (ModelQuota("staff", {"tokens": "x", "per": "day"}), "quotas.1.tokens"),
+        (ModelQuota("staff", {"tokens": 9, "per": "zz"}), "quotas.1.per"),
+        (ModelQuota("staff", {"tokens": 9, "per": "day"}, "a/b"), "quotas.1.name"),
+        (ModelQuota("staff", {"tokens": 9, "per": "day"}, "daily"), "quotas.1.id"),
+        (ModelQuota("staff", {"tokens": 9, "per": "day"}, "other"), "quotas.1.name"),
+        (ModelQuota("staff", {"tokens": 9, "per": "day"}), "quotas.1.name"),
+        (ModelQuota("stuff", {"tokens": 9, "per": "day"}), "quotas.1.group"),
+    ],
+)
+async def test_a_mistake_in_a_set_names_the_row(admin, second, field):
+    """A form shows it at the field of that row. `staff/daily` is in the file, `staff/other` is for other models."""
+    await admin.set_quota("staff", "other", {"tokens": 1, "per": "day"})
+    with pytest.raises(ChangeRefused) as raised:
+        await admin.set_model_quotas("o3", [ModelQuota("staff", {"tokens": 9, "per": "day"}), second])
+    assert raised.value.field == field
+    if second.name != "other" and second.name is not None:
+        with pytest.raises(ChangeRefused) as raised:
+            await admin.set_quotas("staff", {"first": {"tokens": 9, "per": "day"}, second.name: second.fields})
+        assert raised.value.field == field
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
@@ -422,9 +462,10 @@ class Away(DirectoryDatabase):
 async def test_a_change_that_is_made_is_not_answered_as_if_it_had_failed(admin, store):
     """Its effects are read afterwards. A trial has nothing else to say, so it fails."""
     away = replace(admin, changes=replace(admin.changes, database=Away(store, now=lambda: NOON)))
-    record, effects = await away.set_quota("staff", "hours", DAILY)
+    record, effects, sentence = await away.set_quota("staff", "hours", DAILY)
     assert record.id == "staff/hours"
     assert "The change is made" in effects.warnings[0]
+    assert sentence == "Each member may use 1,000 tokens a day of any model."
     assert (await admin.quota("staff", "hours")).fields.tokens == 1000
     with pytest.raises(StoreUnavailable):
         await replace(away, changes=away.changes.as_trial()).set_quota("staff", "more", DAILY)

@@ -52,7 +52,7 @@ async def refresh(directory: Directory, clock: Clock) -> Refresh:
     nothing: Any = SimpleNamespace()
     found: Any = directory
     refresh = Refresh(found, nothing, nothing, clock=clock, now=lambda: 0)
-    refresh._seen = directory.version
+    refresh._seen = (0, directory.version)
     await refresh.run()
     return refresh
 

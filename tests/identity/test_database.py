@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from proxy.identity.database import DirectoryDatabase
-from proxy.identity.directory import Cuts, OwnedKey, User, UserId
+from proxy.identity.directory import Cuts, KeyUse, OwnedKey, User, UserId
 from proxy.ledger.schema import SCHEMA, api_keys, identities, users
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreUnavailable
@@ -141,16 +141,17 @@ async def test_cuts_are_those_of_later_changes(database):
 
 
 async def test_the_last_use_of_keys_never_goes_back(database, store):
-    """Replicas write what they have seen, at different times."""
+    """Replicas write what they have seen, at different times. The address is the one of that use."""
     ids = [f"key {number:04}" for number in range(1100)]
     async with database.change() as (connection, _):
         await connection.execute(sa.insert(api_keys), [key_row(id, ANN) for id in ids])
-    await database.note_used(dict.fromkeys(ids, NOON))
-    await database.note_used({ids[0]: NOON + MINUTE, ids[1]: NOON - MINUTE, "of no row": NOON})
+    first, later, earlier = KeyUse(NOON, "192.0.2.1"), KeyUse(NOON + MINUTE, None), KeyUse(NOON - MINUTE, "192.0.2.2")
+    await database.note_used(dict.fromkeys(ids, first))
+    await database.note_used({ids[0]: later, ids[1]: earlier, ids[2]: KeyUse(NOON, "192.0.2.3"), "of no row": first})
     async with store.transaction() as connection:
-        rows = await connection.execute(sa.select(api_keys.c.id, api_keys.c.used_at))
-        used = {row.id: row.used_at for row in rows}
-    assert used == dict.fromkeys(ids, NOON) | {ids[0]: NOON + MINUTE}
+        rows = await connection.execute(sa.select(api_keys.c.id, api_keys.c.used_at, api_keys.c.used_from))
+        used = {id: KeyUse(*use) for id, *use in rows}
+    assert used == dict.fromkeys(ids, first) | {ids[0]: later}
 
 
 async def test_noting_keys_as_used_never_deadlocks_with_a_change_of_several(database):
@@ -167,7 +168,7 @@ async def test_noting_keys_as_used_never_deadlocks_with_a_change_of_several(data
 
     async def note():
         for number in range(30):
-            await database.note_used(dict.fromkeys(ids, NOON + number))
+            await database.note_used(dict.fromkeys(ids, KeyUse(NOON + number, "192.0.2.1")))
 
     await asyncio.gather(revoke_all(), note())
 

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from proxy.errors import DirectoryUnavailable
-from proxy.identity.directory import Cuts, Directory, OwnedKey, User, UserId
+from proxy.identity.directory import Cuts, Directory, KeyUse, OwnedKey, User, UserId
 from proxy.policy.key import Key
 from tests.builders import NOON, DirectoryStoreOf
 from tests.stage import fast_timers, until
@@ -304,15 +304,20 @@ async def test_a_poll_does_not_wait_for_lookups(directory: Directory, store: Sto
 
 
 async def test_closing_ends_the_lookups(directory: Directory, store: Store) -> None:
-    """And it writes which keys were used."""
+    """Who waits for one is told."""
     store.hold()
     lookup = asyncio.ensure_future(directory.key("ann"))
     await until(lambda: store.asked == ["ann"])
-    directory.note_used(ANN_KEY.key)
     await directory.close()
     with pytest.raises(asyncio.CancelledError):
         await lookup
-    assert store.used == {"key-of-ann": NOON}
+
+
+async def test_the_last_use_of_a_key_is_written(directory: Directory, store: Store) -> None:
+    """When, to the minute, and from which address."""
+    directory.note_used(ANN_KEY.key, "192.0.2.1")
+    await directory.write_used()
+    assert store.used == {"key-of-ann": KeyUse(NOON, "192.0.2.1")}
 
 
 # ------------------------------------------------------------------------------------------------------------- cuts
