@@ -10,6 +10,7 @@ first line to the last. Only on a terminal the mistakes in the config are text.
 import asyncio
 import logging
 import os
+import socket
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -23,14 +24,12 @@ import uvloop
 
 from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.config.json_schema import json_schema
-from proxy.config.lint import warnings
-from proxy.config.loader import BadConfig, Config, ConfigFile
+from proxy.config.json_schema import json_schema, settings_page
+from proxy.config.loader import BadConfig, Config, ConfigFile, Settings
 from proxy.config.reload import log_mistakes
-from proxy.config.sentences import sentences
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.server import Server, public_address, serve, store_of, wall_clock_ms
+from proxy.server import Server, public_address, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
@@ -49,6 +48,9 @@ _config_option = click.option(
 _ELSEWHERE = {
     "admin-keys": ("proxy.commands.admin_keys", "admin_keys"),
     "audit": ("proxy.commands.reports", "audit"),
+    "backup": ("proxy.commands.backup", "backup"),
+    "check": ("proxy.commands.check", "check"),
+    "copy-database": ("proxy.commands.backup", "copy_database_command"),
     "events": ("proxy.commands.events", "events"),
     "explain": ("proxy.commands.reports", "explain"),
     "grant": ("proxy.commands.counters", "grant"),
@@ -56,6 +58,7 @@ _ELSEWHERE = {
     "keys": ("proxy.commands.directory", "keys"),
     "quotas": ("proxy.commands.quotas", "quotas"),
     "reset": ("proxy.commands.counters", "reset"),
+    "restore": ("proxy.commands.backup", "restore"),
     "torture": ("proxy.torture.cli", "command"),
     "usage": ("proxy.commands.reports", "usage"),
     "users": ("proxy.commands.directory", "users"),
@@ -122,22 +125,27 @@ def _open_closed_streams() -> None:
 @click.option(
     "--new-database", is_flag=True, help="Make the SQLite database anew if it is gone: all quotas are unused."
 )
+@click.option(
+    "--no-migrate",
+    is_flag=True,
+    help="Only check the schema of the database, which `migrate` brings up to date.",
+)
 @click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds. For `torture`.")
-def serve_command(
-    count: int, control_number: int | None, path: str, new_database: bool, lease_s: float | None, **listeners: Any
-) -> None:
+def serve_command(count: int, control_number: int | None, path: str, **options: Any) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
+
+    SIGTERM stops in order: new calls are taken for `server.shutdown_delay`, and then those that run have 30 s to end.
+    SIGINT ends at once.
 
     With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
     """
+    if options["new_database"] and options["no_migrate"]:
+        raise click.UsageError("--new-database makes tables, which --no-migrate forbids: leave one of them out.")
     with _logged_failures():
         control = None if control_number is None else ControlSocket(control_number)
         file = ConfigFile(path, os.environ)
-        config = _with_listeners(file.load(), **listeners)
-        config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
+        config = _with_options(file.load(), **options)
         logs.set_format(config.log.format)
-        if lease_s is not None:
-            config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
         if control is None:
             log.info("starting", version=__version__, workers=count, **_summary(config))
         if control is not None or count == 1:
@@ -146,7 +154,7 @@ def serve_command(
             # The worker's command line is that of the parent, with its options, and the number of its socket behind
             # it. By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
             command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
-            parent = Parent(config, count, command=command, load=lambda: _with_listeners(file.load(), **listeners))
+            parent = Parent(config, count, command=command, load=lambda: _with_options(file.load(), **options))
             uvloop.run(parent.serve(_log_addresses))
 
 
@@ -163,28 +171,20 @@ def demo_command(port: int, admin_port: int) -> None:
         _run(demo.run(port, admin_port, lambda guide: printed.write(f"{guide}\n"), tokenizers))
 
 
-@main.command("check")
-@_config_option
-def check_command(path: str) -> None:
-    """Check a config: print its mistakes, or what each group may do."""
-    config = _load(ConfigFile(path, os.environ), otherwise=_NO)
-    for warning in warnings(config, wall_clock_ms()):
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
-    for sentence in sentences(config):
-        click.echo(sentence)
-
-
 @main.command("schema")
-def schema_command() -> None:
+@click.option("--markdown", is_flag=True, help="Print a page of documentation instead, with every setting.")
+def schema_command(*, markdown: bool) -> None:
     """Print the JSON Schema of the config, for editors."""
-    click.echo(json_schema(), nl=False)
+    click.echo(settings_page() if markdown else json_schema(), nl=False)
 
 
 @main.command("migrate")
 @_config_option
 def migrate_command(path: str) -> None:
     """Migrate the database to this release's schema. One that is gone is made anew, with all quotas unused."""
-    _run(_migrate(_load(ConfigFile(path, os.environ))))
+    from proxy.commands.context import load  # imported here because it brings the administration, as `_ELSEWHERE`
+
+    _run(_migrate(load(path)))
     click.echo("The database has this release's schema.")
 
 
@@ -212,20 +212,26 @@ async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None
             await control.run(serve(server, control.report_serving))
 
 
-def _with_listeners(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
-    """The config with the addresses that the command line gives."""
-    api, admin = config.settings.api, config.settings.admin
+def _with_options(
+    config: Config, *, new_database: bool, no_migrate: bool, lease_s: float | None, **listeners: Any
+) -> Config:
+    """The config with what the command line gives."""
+    settings = replace(
+        _with_listeners(config.settings, **listeners),
+        may_be_new_database=new_database,
+        migrates=not no_migrate,
+        lease_ms=None if lease_s is None else round(1000 * lease_s),
+    )
+    return replace(config, settings=settings)
+
+
+def _with_listeners(settings: Settings, host: str | None, port: int | None, admin_port: int | None) -> Settings:
+    """The settings with these parts of the listeners' addresses."""
+    api, admin = settings.api, settings.admin
     api = replace(api, host=host or api.host, port=api.port if port is None else port)
     if admin is not None and admin_port is not None:
         admin = replace(admin, port=admin_port)
-    return replace(config, settings=replace(config.settings, api=api, admin=admin))
-
-
-def _load(file: ConfigFile, otherwise: int = _WRONG) -> Config:
-    try:
-        return file.load()
-    except BadConfig as error:
-        _give_up(str(error), otherwise)
+    return replace(settings, api=api, admin=admin)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -274,11 +280,25 @@ def _summary(config: Config) -> dict[str, object]:
 
 def _log_addresses(server: Server | Parent) -> None:
     urls = {
-        name: f"http://{address.host}:{address.port}"
+        name: f"http://{address}"
         for name, address in (("api", server.api), ("admin", server.admin))
         if address is not None
     }
     log.info("serving", **urls)
+    _tell_systemd(os.environ.get("NOTIFY_SOCKET", ""))
+
+
+def _tell_systemd(address: str) -> None:
+    """Say that the service is ready (`Type=notify`), as sd_notify(3) describes it: a datagram to the socket that
+    systemd names. An @ in front stands for the abstract namespace. Without systemd there is no address.
+    """
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", address.replace("@", "\0", 1) if address.startswith("@") else address)
+    except OSError as error:
+        log.warning("systemd can't be told that the service is ready, and will stop it", reason=str(error))
 
 
 def _give_up(message: str, code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from proxy.simulator.server import serve as serve_simulator
 _TOKENS_PER_S = 40.0
 
 _POLICY = """
-server: {{api: "127.0.0.1:{port}", admin: "127.0.0.1:{admin_port}"}}
+server: {{api: "127.0.0.1:{port}", admin: "127.0.0.1:{admin_port}", shutdown_delay: 0s}}
 database: "sqlite:///{database}"
 admin_keys: {{ops: "{ops}"}}
 help: "This is the demo: restart it for fresh quotas."
@@ -57,7 +57,12 @@ _GUIDE = """
   A user without limits has the key {root}.
   Metrics:             {admin}/metrics
 
-  An administrator adds a quota while everything runs, and sees who was refused and who changed what:
+  In the browser, administrators see it happen and change quotas, and Alice sees where she stands:
+
+    {admin}/admin/     log in with {ops}
+    {api}/usage        with Alice's key {alice}
+
+  The same with commands: an administrator adds a quota, and sees who was refused and who changed what:
 
     curl -X PUT {admin}/admin/api/groups/staff/quotas/fast -H "Authorization: Bearer {ops}" \\
       -H "If-None-Match: *" -H "Content-Type: application/json" -d '{{"requests": 3, "per": "1m"}}'
@@ -88,13 +93,11 @@ async def run(port: int, admin_port: int, print_guide: Callable[[str], None], to
         )
 
         def on_started(server: Server) -> None:
-            url, admin = (
-                f"http://{address.host}:{address.port}" for address in (server.api, server.admin) if address
-            )
-            print_guide(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root, ops=ops))
+            api, admin = (f"http://{address}" for address in (server.api, server.admin) if address)
+            print_guide(_GUIDE.format(url=f"{api}/v1", api=api, admin=admin, alice=alice, root=root, ops=ops))
 
         try:
-            await serve(Server(config, load=lambda: config, tokenizers=tokenizers), on_started)
+            await serve(Server(config, load=lambda: config, tokenizers=tokenizers), on_started, grace_s=0)
         finally:
             await simulator.cleanup()
 

@@ -5,6 +5,7 @@
     │   ├── InvalidRequest        400
     │   ├── BadFraming            400  two parsers could read the request differently, or it is not HTTP
     │   ├── NeverFits             400  context_length_exceeded: larger than a limit; agents shorten their input
+    │   ├── ExceedsQuota          400  exceeds_quota: the answer that it asks for is larger than a limit
     │   ├── InvalidKey            401
     │   ├── ModelNotFound         404
     │   ├── ResponseNotFound      404  the user has no such response, also if another user has it
@@ -21,6 +22,8 @@
     ├── UpstreamError         502  the upstream failed, or refused the proxy's key
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of the proxy
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
+    │   ├── UpstreamWithoutKey    503  the proxy's key for the upstream could not be fetched yet
+    │   ├── UpstreamFull          503  the upstream has `max_in_flight` calls already; it helps to wait
     │   ├── UpstreamTimeout       504
     │   └── UpstreamUnreadable    502  it compressed its answer in an unknown way; another one may be asked
     ├── InternalError         500  a fault of the proxy itself; only the log says which
@@ -105,9 +108,15 @@ class BadFraming(RequestError):
 
 
 class NeverFits(RequestError):
-    """The smallest form of this call is larger than a limit, so no reset helps."""
+    """The smallest form of this call is larger than a limit because of its input, so no reset helps."""
 
     code = "context_length_exceeded"
+
+
+class ExceedsQuota(RequestError):
+    """The same because of the answer that it asks for; `param` names the field. A shorter input would not help."""
+
+    code = "exceeds_quota"
 
 
 class InvalidKey(RequestError):
@@ -266,11 +275,30 @@ class UpstreamExhausted(UpstreamError):
     code = "upstream_unavailable"
 
 
+class UpstreamWithoutKey(UpstreamError):
+    """The proxy's key for the upstream has to be fetched, and no attempt has succeeded yet. Nothing was sent."""
+
+    status = 503
+    code = "upstream_key_unavailable"
+
+
+class UpstreamFull(UpstreamError):
+    """Every upstream of the model has as many calls as it may have, and none ended while the call could wait."""
+
+    status = 503
+    code = "upstream_full"
+
+
 class UpstreamTimeout(UpstreamError):
-    """The upstream took the call and did not answer in time."""
+    """The upstream took the call and did not answer in time.
+
+    `may_be_moved` says that nothing of an answer came within the operator's `first_byte_timeout`. The call may still
+    run, but the operator wants another upstream to get it.
+    """
 
     status = 504
     code = "upstream_timeout"
+    may_be_moved: bool = False
 
 
 class UpstreamUnreadable(UpstreamError):

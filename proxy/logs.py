@@ -38,12 +38,12 @@ _END_OF_WORDS = re.compile(r"[(<\[{=\n]")
 class LogStream:
     """A writable stream for structlog that never blocks and never raises.
 
-    `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet. `format` is
-    the format of the line that reports them.
+    `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet, and
+    `reported` those that are. `format` is the format of the line which reports them.
     """
 
     def __init__(self, stream: TextIO, *, lines_max: int = _LINES_MAX) -> None:
-        self.dropped = 0
+        self.dropped = self.reported = 0
         self.format: LogFormat = "json"
         self._stream = stream
         self._descriptor = _descriptor_of(stream)
@@ -83,6 +83,7 @@ class LogStream:
                 self._write(text)
                 if self.dropped:
                     lines, self.dropped = self.dropped, 0
+                    self.reported += lines
                     event = "log lines were dropped"
                     as_json = f'{{"event": "{event}", "lines": {lines}, "level": "warning"}}\n'
                     self._write(as_json if self.format == "json" else f"{event}: {lines}\n")
@@ -220,6 +221,11 @@ def set_up(stream: LogStream, *, level: int, format: LogFormat = "json") -> None
         logger_factory=structlog.WriteLoggerFactory(stream),  # type: ignore[arg-type]
     )
     logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
+
+
+def lines_dropped() -> int:
+    """How many lines this process has dropped since `set_up`; 0 if it was not called, as in tests."""
+    return 0 if _current is None else _current[0].reported + _current[0].dropped
 
 
 def set_format(format: LogFormat) -> None:

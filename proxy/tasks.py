@@ -20,6 +20,7 @@ class Tasks:
     """A set of running tasks. `len()` is how many are running."""
 
     def __init__(self) -> None:
+        self.started = 0  # how many there were so far, those included that have ended
         self._running: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -28,6 +29,7 @@ class Tasks:
     def start(self, name: str, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """Run `work` in a new task. An exception is logged as "task failed" with this name."""
         task = asyncio.get_running_loop().create_task(work, name=name)
+        self.started += 1
         self._running.add(task)
         task.add_done_callback(self._on_done)
         return task
@@ -57,3 +59,19 @@ class Tasks:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("task failed", task=task.get_name(), exc_info=error)
+
+
+async def first_of(*works: Coroutine[Any, Any, object], timeout_s: float | None = None) -> None:
+    """Wait until one of these has ended, at most `timeout_s` seconds if it is given, and cancel the others.
+
+    Raises what the one that ended first has raised.
+    """
+    tasks = [asyncio.get_running_loop().create_task(work) for work in works]
+    try:
+        ended, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

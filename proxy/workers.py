@@ -3,17 +3,19 @@
 The parent migrates the database, opens the listening sockets, starts the workers, and serves nothing itself. Its
 signals:
 
-    SIGTERM, SIGINT   stop: each worker lets its calls end; the parent ends when all workers have ended
+    SIGTERM           stop: each worker takes new calls for `shutdown_delay` and lets its calls end; the parent
+                      ends when all workers have ended
+    SIGINT            end: each worker cuts off and settles its calls; also during a stop
     SIGHUP            reload: passed on to every worker
     SIGUSR2           restart: start new workers with the code and the file as they are now, then retire the old ones
 
 If a worker dies, the others go on serving. The parent starts another one after a pause, which grows while workers
 keep dying. The new worker charges the calls that the dead one left open.
 
-If the parent dies, its workers notice that their control sockets have closed, and stop in order; one that is still
-starting gives up. Calls in flight have a second to end before they are cut off and settled, because the workers hold
-the lock on the SQLite file, and nobody can serve until they have ended. The last of them removes the folder with the
-metrics.
+If the parent dies, its workers notice that their control sockets have closed, and stop without a delay; one that is
+still starting gives up. Calls in flight have a second to end before they are cut off and settled, because the workers
+hold the lock on the SQLite file, and nobody can serve until they have ended. The last of them removes the folder with
+the metrics.
 
 Parent and worker talk over a control socket, a pair of connected sockets:
 
@@ -42,8 +44,8 @@ from proxy.config.reload import log_mistakes
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import remove_gauges
-from proxy.server import GRACE_S, InheritedResources, Server, store_of, wall_clock_ms
-from proxy.tasks import Tasks
+from proxy.server import CLEANUP_S, GRACE_S, InheritedResources, Server, cannot_listen, store_of, wall_clock_ms
+from proxy.tasks import Tasks, first_of
 
 # The library's own default for a listening socket.
 _BACKLOG = 128
@@ -58,8 +60,8 @@ _LINGER_S = 2.0
 _RETIRED_CALLS_S = 600.0
 # How long its calls may run when the parent has died.
 _ORPHANED_CALLS_S = 1.0
-# A stopping worker is killed if it takes this much longer than its calls may take.
-_KILL_AFTER_S = 15.0
+# How long the parent waits for its last commit when its start has failed or was stopped.
+_LAST_COMMIT_S = 3.0
 # The pause before a dead worker is replaced; see `_next_pause_s`.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 30.0
 _PAUSE_RESET_S = 60.0
@@ -129,8 +131,7 @@ class ControlSocket:
         else:  # the end of the stream: the parent has died, and nobody could stop or restart this worker any more
             asyncio.get_running_loop().remove_reader(self._socket)
             log.error("the parent has ended, so this worker stops")
-            signal.raise_signal(signal.SIGTERM)
-            self._tasks.start("cut off", _cut_off(server))
+            self._tasks.start("end", _end_without_parent(server))
 
     def close(self) -> None:
         """Close the socket. If the parent has died, its last worker also removes the folder with the metrics."""
@@ -174,13 +175,15 @@ async def _retire(server: Server) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-async def _cut_off(server: Server) -> None:
-    """Let calls end for a moment, then cut them off. The server is stopping meanwhile, with more patience."""
-    try:
-        async with asyncio.timeout(_ORPHANED_CALLS_S):
-            await server.all_settled()
-    except TimeoutError:
-        await server.cut_off()
+async def _end_without_parent(server: Server) -> None:
+    """Accept no more calls, let those that run end for a moment, and cut off the rest.
+
+    The server may be stopping already, with its longer limits.
+    """
+    await server.retire()
+    signal.raise_signal(signal.SIGTERM)
+    await first_of(server.all_settled(), timeout_s=_ORPHANED_CALLS_S)
+    server.end_at_once()
 
 
 # ------------------------------------------------------------------------------------------------ the metrics' folder
@@ -283,6 +286,10 @@ class _Worker:
         """Make it stop in order."""
         self._signal(signal.SIGTERM)
 
+    def end_at_once(self) -> None:
+        """Make it cut off its calls and end. It is stopping already."""
+        self._signal(signal.SIGINT)
+
     def kill(self) -> None:
         """End it at once."""
         self._signal(signal.SIGKILL)
@@ -312,7 +319,8 @@ class Parent:
         self._count = count
         self._command = command
         self._load = load
-        self._inherited = InheritedResources("", config.settings.database)
+        settings = config.settings
+        self._inherited = InheritedResources("", settings.database, shutdown_delay_s=settings.shutdown_delay_s)
         self._sockets: list[socket.socket] = []
         # Every worker process that runs, with the task that waits for its end.
         self._running: dict[_Worker, asyncio.Task[None]] = {}
@@ -322,7 +330,7 @@ class Parent:
         self._dead_owners: set[str] = set()
         self._jobs, self._watchers = Tasks(), Tasks()
         self._restart_lock = asyncio.Lock()
-        self._stop = asyncio.Event()
+        self._stop, self._end = asyncio.Event(), asyncio.Event()
         self._failure: NotServing | None = None
         self._pause_s, self._paused_at = 0.0, 0.0
 
@@ -334,11 +342,12 @@ class Parent:
         self._handle_signals()
         folder = MetricsFolder.make()
         try:
-            lock = await _prepare_database(self._config.settings)
+            lock = await _prepare_database(self._config.settings, self._stop)
             self._inherited = replace(self._inherited, lock=lock, metrics=folder.path)
-            self._bind()
-            self._jobs.start("start", self._start_first_workers(on_started))
-            await self._stop.wait()
+            if not self._stop.is_set():
+                self._bind()
+                self._jobs.start("start", self._start_first_workers(on_started))
+                await self._stop.wait()
         finally:
             await self._stop_workers()
             folder.close()
@@ -348,16 +357,20 @@ class Parent:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._end_at_once)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGUSR2, lambda: self._jobs.start("restart", self._restart()))
+
+    def _end_at_once(self) -> None:
+        self._end.set()
+        self._stop.set()
 
     def _bind(self) -> None:
         settings = self._config.settings
         # Stored after each step: if the port of the admin listener is in use, the API's sockets have to be closed.
-        api = self._sockets = listen(settings.api)
-        admin = listen(settings.admin) if settings.admin is not None else []
+        api = self._sockets = listen(settings.api, "server.api")
+        admin = listen(settings.admin, "server.admin") if settings.admin is not None else []
         self._sockets = api + admin
         self.api, self.admin = address_of(api), address_of(admin)
         numbers = [each.fileno() for each in self._sockets]
@@ -374,18 +387,23 @@ class Parent:
     async def _stop_workers(self) -> None:
         """Stop everything in order: restarts and replacements, the sockets, the workers, and at last the lock.
 
-        Each worker stops within GRACE_S and a few seconds for its cleanup. One that hangs is killed after GRACE_S +
-        _KILL_AFTER_S = 45 s. The lock on the SQLite file is released when the last worker has ended, so that no
-        other process can open the file before.
+        The workers listen on their own copies of the sockets for as long as they need them. One that hangs is killed:
+        with the delay of 5 s after 5 + GRACE_S + CLEANUP_S = 50 s, and after a SIGINT within CLEANUP_S. The
+        lock on the SQLite file is released when the last worker has ended, so that no other process can open the file
+        before.
         """
         self._stop.set()  # also if the parent failed: workers that end from now on are not replaced
+        delay_s = self._config.settings.shutdown_delay_s
         await self._jobs.finish(0)
         for each in self._sockets:
             each.close()
         for worker in self._running:
             worker.stop()
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=GRACE_S + _KILL_AFTER_S)
+        await first_of(self._watchers.all_ended(), self._end.wait(), timeout_s=delay_s + GRACE_S + CLEANUP_S)
+        if self._end.is_set():
+            for worker in self._running:
+                worker.end_at_once()
+            await first_of(self._watchers.all_ended(), timeout_s=CLEANUP_S)
         for worker in self._running:
             log.error("a worker does not end, and is killed", pid=worker.pid)
             worker.kill()
@@ -538,36 +556,41 @@ class Parent:
             log.info("new workers serve, the old ones leave", new=len(new), old=len(old))
 
 
-async def _prepare_database(settings: Settings) -> int | None:
+async def _prepare_database(settings: Settings, stop: asyncio.Event) -> int | None:
     """Migrate the database and charge the calls that were left open. Returns the lock on a SQLite file, else None.
+
+    If `stop` is set before that is done, it is given up, and the result is None.
 
     The parent does that before it starts workers. Otherwise all workers would migrate at once, and another process
     could take the file between the end of one worker and the start of the next.
     """
-    store = store_of(settings.database, may_be_new=settings.may_be_new_database)
+    store = store_of(settings.database, may_be_new=settings.may_be_new_database, migrates=settings.migrates)
     ledger = Ledger(store, owner=f"proxy-{secrets.token_hex(8)}", now=wall_clock_ms)
     try:
-        await ledger.start()
-        return store.hand_over() if isinstance(store, SqliteStore) else None
+        await first_of(ledger.start(), stop.wait())
+        return store.hand_over() if isinstance(store, SqliteStore) and not stop.is_set() else None
     finally:
-        await ledger.close()
+        await ledger.close(_LAST_COMMIT_S)
 
 
 # ------------------------------------------------------------------------------------------------------------ sockets
 
 
-def listen(address: Address) -> list[socket.socket]:
-    """Listening sockets, one for each IP address of the host. Raises OSError, and then leaves none open."""
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def listen(address: Address, setting: str) -> list[socket.socket]:
+    """Listening sockets, one for each IP address of the host in this setting.
+
+    Raises OSError with a text that says what to do, and then leaves none open.
+    """
     sockets: list[socket.socket] = []
     try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # An address may be found twice, and one of IPv6 has four members, of which the first two are needed.
         for family, (host, port) in sorted({(family, sockaddr[:2]) for family, *_, sockaddr in found}):
             sockets.append(socket.create_server((str(host), int(port)), family=family, backlog=_BACKLOG))
-    except OSError:
+    except OSError as error:
         for each in sockets:
             each.close()
-        raise
+        raise cannot_listen(setting, address, error) from None
     return sockets
 
 

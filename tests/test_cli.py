@@ -65,6 +65,14 @@ def test_a_warning_does_not_change_the_exit_code(file: Path) -> None:
     assert "idle" in result.stderr
 
 
+def test_check_warns_of_a_program_that_is_not_there(file: Path) -> None:
+    """It prints the key of an upstream. On the machine of `serve` it may be there, so this is no mistake."""
+    file.write_text(re.sub(r"api_key: [^,}]+}\"", "api_key: {command: [/no/such/program]}", file.read_text()))
+    result = _run("check", "--config", str(file))
+    assert result.exit_code == 0
+    assert "api_key.command[0]: this machine has no such program" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 def test_other_commands_end_with_2_if_the_config_is_invalid(command: str, tmp_path: Path) -> None:
     """They do nothing else. The log of `serve` is JSON, and not for a person: a line for each mistake."""
@@ -148,6 +156,17 @@ def test_serve_makes_no_database_where_there_was_one(workers: str, file: Path, t
         assert "in use" in _run(*serve).stderr
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_without_migrations_says_what_to_run(workers: str, file: Path, tmp_path: Path) -> None:
+    """It does not start, and makes no database. It also refuses the option that makes one."""
+    serve = ("serve", "--config", str(file), "--workers", workers, "--no-migrate")
+    result = _run(*serve)
+    assert (result.exit_code, (tmp_path / "quotas.db").exists()) == (2, False)
+    assert "is not a database yet: run `llm-quota-proxy migrate`" in result.stderr
+    result = _run(*serve, "--new-database")
+    assert (result.exit_code, "leave one of them out" in result.stderr) == (2, True)
+
+
 def test_keys_hash_prints_the_hash_for_the_config() -> None:
     """Of a key in an argument or at the prompt. A short key is refused."""
     key = "key-of-alice-0123456789abcdef"
@@ -165,7 +184,11 @@ def test_a_port_in_use_is_an_error_without_a_traceback(file: Path) -> None:
         port = str(taken.getsockname()[1])
         result = _run("serve", "--config", str(file), "--port", port, "--admin-port", "0", "--host", "127.0.0.1")
     assert result.exit_code == 2
-    assert "address already in use" in result.stderr
+    (error,) = (line for line in map(json.loads, result.stderr.splitlines()) if line["level"] == "error")
+    assert error["reason"] == (
+        f"server.api can't listen on 127.0.0.1:{port}: address already in use; stop the program that has it, or "
+        "write another port there or as --port"
+    )
 
 
 @pytest.mark.parametrize("option", ["--control-socket", "--tie"])
@@ -180,9 +203,10 @@ def test_a_port_in_use_is_an_error_of_the_parent_too(file: Path) -> None:
     """Before it has started any worker."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = _run("serve", "--workers", "2", "--config", str(file), "--port", port, "--host", "127.0.0.1")
+        result = _run("serve", "--workers", "2", "--config", str(file), "--admin-port", port, "--port", "0")
     assert result.exit_code == 2
-    assert "in use" in result.stderr
+    assert f"server.admin can't listen on 127.0.0.1:{port}: address already in use; " in result.stderr
+    assert "or write another port there or as --admin-port" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
@@ -200,7 +224,7 @@ def test_a_postgresql_that_cannot_be_used_is_an_error_without_a_traceback(
     file.write_text("\n".join(url if "sqlite" in line else line for line in file.read_text().splitlines()))
     result = _run(command, "--config", str(file))
     assert result.exit_code == 2
-    assert ("pip install 'llm-quota-proxy[postgres]'" in result.stderr) is not is_installed
+    assert ("pip install '.[postgres]'" in result.stderr) is not is_installed
     assert ("PostgreSQL can't be used" in result.stderr) is is_installed
     assert "sesame" not in result.stderr
 
@@ -220,7 +244,8 @@ def test_help_lists_every_command() -> None:
     result = _run("--help")
     listed = result.output.partition("Commands:\n")[2].splitlines()
     names = (
-        "admin-keys audit check demo events explain grant grants keys migrate quotas reset schema serve torture usage"
+        "admin-keys audit backup check copy-database demo events explain grant grants keys migrate quotas reset "
+        "restore schema serve torture usage"
     )
     assert [line.split()[0] for line in listed] == [*names.split(), "users", "whoami"]
     assert "Use up a quota from many clients" in next(line for line in listed if "torture" in line)

@@ -17,7 +17,7 @@ import pytest
 import structlog
 import uvloop
 
-from proxy.logs import LogFormat, LogStream, catch_stray_errors, set_format, set_up
+from proxy.logs import LogFormat, LogStream, catch_stray_errors, lines_dropped, set_format, set_up
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +172,16 @@ def test_dropped_lines_are_reported_in_the_format_of_the_log() -> None:
     stream.write("hello\n")
     stream.close()
     assert written.getvalue() == "hello\nlog lines were dropped: 3\n"
+    assert (stream.dropped, stream.reported) == (0, 3)
+
+
+def test_dropped_lines_are_counted_whether_or_not_they_are_reported() -> None:
+    """0 in a process that has set up no log."""
+    stream = LogStream(io.StringIO())
+    set_up(stream, level=logging.INFO)
+    stream.dropped, stream.reported = 2, 5
+    assert lines_dropped() == 7
+    stream.close()
 
 
 def test_a_full_pipe_blocks_no_call() -> None:

@@ -1,22 +1,37 @@
 """Starting, stopping and restarting one process."""
 
 import asyncio
+import errno
 import json
 import os
+import re
 import signal
+import sqlite3
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from proxy.config.loader import Address
+from proxy.ledger.notices import Crossing
+from proxy.ledger.postgres import _MIGRATION_LOCK, PostgresStore
+from proxy.ledger.primary import Timeouts
 from proxy.ledger.store import StoreInUse
-from proxy.server import InheritedResources, Server, repeat
-from tests.bare_client import bare_client, get
-from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, stage
+from proxy.server import InheritedResources, Server, cannot_listen, repeat
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
+from tests.audit import audit, rows
+from tests.bare_client import KEY, bare_client, get, post
+from tests.builders import NOON
+from tests.postgres import Postgres, shared
+from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, movable_time, stage, until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -47,6 +62,111 @@ async def test_a_call_that_does_not_end_in_time_is_cut_off_and_settled(tmp_path:
         used, held = await on.used()
         assert held == 0
         assert used >= 5
+
+
+async def test_new_calls_are_taken_during_the_shutdown_delay(tmp_path: Path) -> None:
+    """Until a load balancer has seen that the process is not ready. Their answers close its pooled connections."""
+    with movable_time() as move, capture_logs() as logged:
+        async with stage(folder=tmp_path) as on:
+            stop = asyncio.get_running_loop().create_task(on.server.stop(delay_s=60))
+            await until(lambda: on.server.health.is_stopping)
+            for url in (on.url, on.admin_url):
+                async with on.http.get(f"{url}/readyz") as response:
+                    assert response.status == 503
+            for _ in range(2):
+                reply = await on.post(CHAT, _ask("tokens=3"))
+                assert (reply.status, reply.headers["connection"]) == (200, "close")
+            stream = on.begin(CHAT, _ask("tokens=20 speed=400", stream=True))
+            await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
+            move(60)
+            assert (await stream).body.endswith(b"data: [DONE]\n\n")
+            await stop
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await on.post(CHAT, _ask("tokens=3"))
+    begin, _, end = _lines_of_a_stop(logged)
+    assert begin == {"event": "stopping", "shutdown_delay_s": 60, "calls_in_flight": 0}
+    assert end == {"event": "stopped", "calls_ended": 3, "calls_cut_off": 0, "charges_pending": 0}
+
+
+def _lines_of_a_stop(logged: list[Any]) -> list[Any]:
+    """What the first stop has logged about itself, without the levels."""
+    lines = [{name: entry[name] for name in entry.keys() - {"log_level"}} for entry in logged]
+    ours = [line for line in lines if line["event"] in _STOP_EVENTS]
+    return ours[: 1 + [line["event"] for line in ours].index("stopped")]
+
+
+_STOP_EVENTS = (
+    *("stopping", "accepting no more calls", "ending at once", "calls were cut off and settled", "stopped"),
+)
+
+
+async def test_the_admin_listener_serves_until_the_last_call_is_settled(tmp_path: Path) -> None:
+    """So the last metrics are scraped. Then the call that does not end is cut off, and the stop says so."""
+    with capture_logs() as logged:
+        async with stage(folder=tmp_path) as on:
+            call = on.begin(CHAT, _ask("tokens=50 stall=5", stream=True))
+            await on.simulator.until(lambda: on.simulator.chunks_sent >= 5)
+            stop = asyncio.get_running_loop().create_task(on.server.stop())
+            await until(lambda: "accepting no more calls" in {line["event"] for line in logged})
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await on.get("/readyz")
+            async with on.http.get(f"{on.admin_url}/readyz") as response:
+                assert response.status == 503
+            async with on.http.get(f"{on.admin_url}/metrics") as response:
+                assert "llm_quota_calls_in_flight 1.0" in await response.text()
+            on.server.end_at_once()
+            on.server.end_at_once()  # as if Ctrl-C was pressed twice
+            await stop
+            with pytest.raises(aiohttp.ClientError):
+                await call
+    assert _lines_of_a_stop(logged) == [
+        {"event": "stopping", "shutdown_delay_s": 0, "calls_in_flight": 1},
+        {"event": "accepting no more calls", "grace_s": 30, "calls_in_flight": 1},
+        {"event": "ending at once", "calls_in_flight": 1},
+        {"event": "calls were cut off and settled", "calls": 1},
+        {"event": "stopped", "calls_ended": 0, "calls_cut_off": 1, "charges_pending": 0},
+    ]
+
+
+async def test_a_stop_waits_for_a_body_that_is_still_arriving(tmp_path: Path) -> None:
+    """It is no call yet, and its client has sent a part of it already."""
+    request = post("/v1/chat/completions", KEY)
+    with capture_logs() as logged:
+        async with stage(folder=tmp_path) as on, bare_client(on.url) as idle, bare_client(on.url) as client:
+            idle.send(get("/healthz"))
+            assert (await idle.reply()).status == 200
+            client.send(request[:-10])
+            await until(lambda: bool(on.server._api._running))
+            stop = asyncio.get_running_loop().create_task(on.server.stop(grace_s=60))
+            assert await idle.is_closed()
+            assert on.server.calls_in_flight == 0
+            client.send(request[-10:])
+            assert (await client.reply()).status == 200
+            assert await client.is_closed()
+            await stop
+    assert _lines_of_a_stop(logged)[-1]["calls_ended"] == 1
+
+
+async def test_a_process_that_has_left_its_connections_to_others_does_not_wait(tmp_path: Path) -> None:
+    """A retired worker, and one whose parent has died: others serve, or nobody can."""
+    async with stage(folder=tmp_path) as on:
+        await on.server.retire()
+        await on.server.stop(delay_s=600)
+
+
+async def test_charges_that_cannot_be_committed_are_counted_at_the_end(tmp_path: Path) -> None:
+    """The database is away. The next start charges these calls their holds."""
+    with capture_logs() as logged:
+        async with stage(folder=tmp_path) as on:
+            call = on.begin(CHAT, _ask("tokens=50 stall=5", stream=True))
+            await on.simulator.until(lambda: on.simulator.chunks_sent >= 5)
+            (tmp_path / "quotas.db").rename(tmp_path / "moved.db")
+            await on.server.stop(grace_s=0)
+            with pytest.raises(aiohttp.ClientError):
+                await call
+            (tmp_path / "moved.db").rename(tmp_path / "quotas.db")
+    [end] = [line for line in logged if line["event"] == "stopped"][:1]
+    assert (end["calls_cut_off"], end["charges_pending"]) == (1, 1)
 
 
 async def test_a_restart_changes_no_number(tmp_path: Path) -> None:
@@ -98,7 +218,7 @@ async def test_a_stopping_process_is_live_but_not_ready(tmp_path: Path) -> None:
 
 
 CONFIG = """
-server: {{api: "127.0.0.1:0", admin: null}}
+server: {{api: "127.0.0.1:0", admin: null, shutdown_delay: 0s}}
 database: "sqlite:///{folder}/quotas.db"
 upstreams: {{up: {{base_url: "http://127.0.0.1:1/v1", api_key: "{key}"}}}}
 groups: {{staff: {{quotas: {{daily: {{tokens: {tokens}, per: day}}}}}}}}
@@ -153,6 +273,133 @@ async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> 
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_sigterm_stops_in_order_and_sigint_at_once(tmp_path: Path) -> None:
+    """After SIGTERM new calls are taken, and a second one changes nothing. SIGINT cuts off and settles what runs."""
+    file = tmp_path / "quotas.yaml"
+    runner, port = await serve_simulator(Simulator(UPSTREAM_KEY))
+    text = CONFIG.replace("http://127.0.0.1:1/v1", f"http://127.0.0.1:{port}/v1").replace("delay: 0s", "delay: 10m")
+    file.write_text(text.format(folder=tmp_path, key=UPSTREAM_KEY, alice=key_of("alice"), tokens="1M"))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "serve", "--config", str(file)), stderr=asyncio.subprocess.PIPE
+    )
+
+    async def logged(event: str) -> dict[str, Any]:
+        assert process.stderr
+        while line := await process.stderr.readline():
+            found: dict[str, Any] = json.loads(line)
+            if found["event"] == event:
+                return found
+        raise AssertionError(f"it never logged: {event}")
+
+    try:
+        url = (await logged("serving"))["api"]
+        process.send_signal(signal.SIGTERM)
+        assert (await logged("stopping"))["shutdown_delay_s"] == 600
+        process.send_signal(signal.SIGTERM)
+        async with aiohttp.ClientSession(headers={"authorization": f"Bearer {key_of('alice')}"}) as http:
+            async with http.get(f"{url}/readyz") as response:
+                assert response.status == 503
+            async with http.post(f"{url}{CHAT}", json=_ask("tokens=3", model="any", max_tokens=50)) as response:
+                assert response.status == 200
+            hanging = _ask("tokens=20 stall=5", model="any", max_tokens=50, stream=True)
+            async with http.post(f"{url}{CHAT}", json=hanging) as response:
+                await response.content.readuntil(b"\n\n")
+                process.send_signal(signal.SIGINT)
+                with pytest.raises(aiohttp.ClientError):
+                    await response.read()
+        end = await logged("stopped")
+        assert (end["calls_ended"], end["calls_cut_off"], end["charges_pending"]) == (1, 1, 0)
+        assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        await runner.cleanup()
+    audit(tmp_path / "quotas.db")
+    assert sorted(row["outcome"] for row in rows(tmp_path / "quotas.db", "calls")) == ["complete", "stopped"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_start_is_stopped_by_a_signal(tmp_path: Path, number: signal.Signals, workers: int) -> None:
+    """The process waits for another one that migrates. It ends without serving, and its session is closed."""
+    url = await shared().fresh()
+    file = tmp_path / "quotas.yaml"
+    text = CONFIG.format(folder=tmp_path, key=UPSTREAM_KEY, alice=key_of("alice"), tokens="1000")
+    file.write_text(text.replace(f"sqlite:///{tmp_path}/quotas.db", url))
+    other = await asyncpg.connect(url)
+    await other.execute(f"SELECT pg_advisory_lock({_MIGRATION_LOCK})")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "serve", "--config", str(file), "--workers", str(workers)),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    try:
+        while not await other.fetchval(f"{sessions} AND wait_event = 'advisory'"):
+            assert process.returncode is None
+        process.send_signal(number)
+        # The lock would be waited for twice as long.
+        _, printed = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 0
+        assert "serving" not in {json.loads(line)["event"] for line in printed.splitlines()}
+        while await other.fetchval(sessions):
+            pass
+        assert not await other.fetchval("SELECT to_regnamespace('llm_quota_proxy')")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+        await other.close()
+
+
+async def test_a_start_that_is_stopped_while_it_migrates_frees_the_file(tmp_path: Path) -> None:
+    """The migration in the thread is ended first, so the next start finds a whole database."""
+    config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
+    held = sqlite3.connect(tmp_path / "quotas.db", isolation_level=None)
+    held.execute("BEGIN IMMEDIATE")
+    server = Server(config, load=lambda: config, now=Clock(), tokenizers=loaded())
+    start = asyncio.get_running_loop().create_task(server.start())
+    await until(lambda: (tmp_path / "quotas.db.lock").exists())
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    held.close()
+    await server.stop()
+    assert server.api is None
+    async with stage(folder=tmp_path) as on:
+        assert (await on.post(CHAT, _ask("tokens=1"))).status == 200
+
+
+async def test_a_stop_ends_in_time_while_the_database_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is frozen, and by its own timeouts each statement would wait for minutes.
+
+    A call is cut off and a crossing is not written yet. The charge stays pending.
+    """
+    minutes = Timeouts(connect_ms=300_000, statement_ms=300_000, batch_ms=300_000, whole_ms=300_000)
+    monkeypatch.setattr("proxy.server.store_of", lambda url, *_, **__: PostgresStore(url, timeouts=minutes))
+    monkeypatch.setattr("proxy.web.live._NOTICES_EVERY_S", 600)
+    server = Postgres.started()
+    try:
+        with capture_logs() as logged:
+            async with stage(folder=tmp_path, database=await server.migrated()) as on:
+                call = on.begin(CHAT, _ask("tokens=50 stall=5", stream=True))
+                await on.simulator.until(lambda: on.simulator.chunks_sent >= 5)
+                crossing = Crossing(
+                    "alice", "staff/daily", opened_at=NOON, resets_at=NOON + 1, level=80, crossed_at=NOON
+                )
+                on.server.live.notices.add(crossed=[crossing])
+                with server.frozen():
+                    await asyncio.wait_for(on.server.stop(grace_s=0), 30)
+                with pytest.raises(aiohttp.ClientError):
+                    await call
+    finally:
+        server.remove()
+    events = [line["event"] for line in logged]
+    assert any("were not written" in event for event in events)
+    [end] = [line for line in logged if line["event"] == "stopped"][:1]
+    assert (end["calls_cut_off"], end["charges_pending"]) == (1, 1)
 
 
 async def test_a_low_limit_of_open_files_shuts_nobody_out(tmp_path: Path) -> None:
@@ -224,6 +471,28 @@ async def test_a_call_that_a_crash_interrupts_is_charged_its_reservation(tmp_pat
         async with stage(folder=crashed, clock=clock) as on:
             assert await on.used() == (held, 0)
             assert (await on.quota("staff/daily"))["requests"]["used"] == 1
+
+
+async def test_a_listener_that_cannot_listen_says_which_and_what_to_do(tmp_path: Path) -> None:
+    """An address of another machine, a name that nothing has, and a port that the process has no right to."""
+    for host, text in (
+        (
+            "192.0.2.1",
+            "cannot assign requested address; write an address of this machine, or 0.0.0.0 for all of them",
+        ),
+        ("no-such-host.invalid", "the host can't be resolved; write an address of this machine"),
+    ):
+        config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
+        config = replace(config, settings=replace(config.settings, api=Address(host, 1)))
+        server = Server(config, load=partial(replace, config), now=Clock(), tokenizers=loaded())
+        with pytest.raises(OSError, match=re.escape(f"server.api can't listen on {host}:1: {text}")):
+            await server.start()
+        await server.stop(grace_s=0)
+    denied = cannot_listen("server.admin", Address("::1", 80), PermissionError(errno.EACCES, "no"))
+    assert str(denied) == (
+        "server.admin can't listen on [::1]:80: permission denied; write a port from 1024 on there or as "
+        "--admin-port, or let the process use this one"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ inherited resources

@@ -1,4 +1,4 @@
-"""Answers that are not text: moderation results, token counts, compactions, images and audio.
+"""Answers that are not text: moderation results, scores of documents, token counts, compactions, images and audio.
 
 One word of an input is one token, as in `text`; an image is 272 tokens and a spoken word 20. A model whose name
 begins with `dall-e`, `whisper` or `tts` is billed per image, second or character, as OpenAI's models of these names
@@ -73,6 +73,34 @@ def compaction(params: JSON, directives: Directives) -> MediaAnswer:
         "output": [{"id": "cmp_1", "type": "compaction", "encrypted_content": "c2ltdWxhdGVk"}],
     }
     return _json_answer(body, _reported(params, directives, usage), write_usage=_response_usage)
+
+
+def rerank(params: JSON, directives: Directives) -> MediaAnswer:
+    """The documents in the order of how many words of the query they have. Each is read together with the query."""
+    query, documents = params["query"], params["texts"] if "texts" in params else params["documents"]
+    usage = _reported(params, directives, (sum(count_tokens([query, each]) for each in documents), 0))
+    scores = [(_score(query, each), index) for index, each in enumerate(documents)]
+    best = sorted(scores, key=lambda each: -each[0])[: params.get("top_n")]
+    results = [{"index": index, "relevance_score": score} for score, index in best]
+    body = {"id": "rerank-simulated", "model": params["model"], "results": results}
+    return _json_answer(body, usage, write_usage=_pairs_usage)
+
+
+def score(params: JSON, directives: Directives) -> MediaAnswer:
+    """The scores of pairs, in their order. One text is compared with each of the others."""
+    first, second = ([each] if isinstance(each, str) else each for each in (params["text_1"], params["text_2"]))
+    pairs = list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+    usage = _reported(params, directives, (sum(count_tokens([*pair]) for pair in pairs), 0))
+    data = [{"index": index, "object": "score", "score": _score(*pair)} for index, pair in enumerate(pairs)]
+    body = {"id": "score-simulated", "object": "list", "created": 0, "model": params["model"], "data": data}
+    return _json_answer(body, usage, write_usage=_pairs_usage)
+
+
+def _score(query: object, document: object) -> float:
+    """The part of the words of the query that a document has."""
+    texts = (each.get("text") if isinstance(each, dict) else each for each in (query, document))
+    words, found = (set(str(text).lower().split()) for text in texts)
+    return round(len(words & found) / max(1, len(words)), 3)
 
 
 def images(params: JSON, directives: Directives) -> MediaAnswer:
@@ -159,6 +187,8 @@ def read_multipart(body: bytes, content_type: str) -> JSON:
 MediaWriter = Callable[[JSON, Directives], MediaAnswer]
 MEDIA: dict[str, MediaWriter] = {
     "/v1/moderations": moderation,
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), rerank),
+    **dict.fromkeys(("/v1/score", "/score"), score),
     "/v1/responses/input_tokens": token_count,
     "/v1/responses/compact": compaction,
     "/v1/images/generations": images,
@@ -197,6 +227,10 @@ def _usage(usage: tuple[int, int] | None) -> JSON:
     details = {"text_tokens": input_tokens, "image_tokens": 0}
     totals = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": sum(usage)}
     return {"usage": {**totals, "input_tokens_details": details}}
+
+
+def _pairs_usage(usage: tuple[int, int] | None) -> JSON:
+    return {} if usage is None else {"usage": {"prompt_tokens": usage[0], "total_tokens": usage[0]}}
 
 
 def _transcription_usage(usage: tuple[int, int] | None) -> JSON:

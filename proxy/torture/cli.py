@@ -14,8 +14,8 @@ from proxy.torture.database import DatabaseUnusable
 from proxy.torture.plan import Plan
 from proxy.torture.process import NotStarted
 from proxy.torture.replicas import NotRestarted
-from proxy.torture.report import Report
-from proxy.torture.run import CounterUnreadable, ExternalProxy, SharedDatabase, run, run_external
+from proxy.torture.report import Comparison, Report
+from proxy.torture.run import CounterUnreadable, ExternalProxy, SharedDatabase, compare, run, run_external
 
 _NO, _WRONG = 1, 2
 
@@ -74,14 +74,34 @@ _NO, _WRONG = 1, 2
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed makes the same calls.")
 @click.option("--target", help="Test another proxy, at this address with /v1. It is not started or killed.")
-@click.option("--key", "keys", multiple=True, help="With --target: a user's API key. May be repeated.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    envvar="TORTURE_KEYS",
+    show_envvar=True,
+    help="With --target: a user's API key. May be repeated; the variable has them with spaces between.",
+)
 @click.option("--model", help="With --target: the model to request.")
 @click.option(
     "--upstream-port",
     type=click.IntRange(1, 65535),
     help="With --target: the port of 127.0.0.1 to which that proxy forwards.",
 )
-@click.option("--upstream-key", help="With --target: the API key with which that proxy calls its upstream.")
+@click.option(
+    "--upstream-key",
+    envvar="TORTURE_UPSTREAM_KEY",
+    show_envvar=True,
+    help="With --target: the API key with which that proxy calls its upstream.",
+)
+@click.option(
+    "--behind",
+    metavar="KEY",
+    envvar="TORTURE_BEHIND",
+    show_envvar=True,
+    help="With --target: make the same calls again with this proxy in front of that one, and print both runs. This "
+    "proxy calls that one with KEY, which should have no limits there.",
+)
 @click.option("--counter", help="With --target: a command that prints how many tokens that proxy has counted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(as_json: bool, **options: Any) -> None:
@@ -92,13 +112,15 @@ def command(as_json: bool, **options: Any) -> None:
         raise SystemExit(_NO)
 
 
-def _torture(options: dict[str, Any]) -> Report:
+def _torture(options: dict[str, Any]) -> Report | Comparison:
     say = partial(click.echo, err=True)
     external = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
-    target = options.pop("target")
+    target, behind = options.pop("target"), options.pop("behind")
     shared = _shared_database(options["replicas"], options.pop("database"), options.pop("restart"))
     if target is not None and options["administrator"]:
         _give_up("--administrator tests only this proxy: leave out --target.", _WRONG)
+    if target is None and behind is not None:
+        _give_up("--behind compares another proxy: it needs --target.", _WRONG)
     try:
         if target is None:
             return uvloop.run(run(Plan(**options), now=_wall_clock_ms, say=say, shared=shared))
@@ -106,7 +128,10 @@ def _torture(options: dict[str, Any]) -> Report:
         if not all(required):
             _give_up("--target needs --key, --model, --limit, --upstream-port and --upstream-key too.", _WRONG)
         plan = Plan(**{**options, "users": len(external["keys"])})
-        return uvloop.run(run_external(plan, ExternalProxy(target, **external), now=_wall_clock_ms, say=say))
+        proxy = ExternalProxy(target, **external)
+        if behind is not None:
+            return uvloop.run(compare(plan, proxy, unlimited_key=behind, now=_wall_clock_ms, say=say))
+        return uvloop.run(run_external(plan, proxy, now=_wall_clock_ms, say=say))
     except (ValueError, OSError, NotStarted, DatabaseUnusable, CounterUnreadable, NotRestarted) as error:
         _give_up(str(error), _WRONG)
 

@@ -161,7 +161,7 @@ class Clients:
             record.result, record.refusal, record.answered_s = "refused", refusal, loop.time() - started
 
     def _refusal(self, record: ClientRecord, body: bytes) -> Refusal | None:
-        if record.status == 400 and b'"context_length_exceeded"' in body:
+        if record.status == 400 and (b'"context_length_exceeded"' in body or b'"exceeds_quota"' in body):
             # The proxy says that the call does not fit into a whole window. That is false if the limit is enough.
             return Refusal(free_tokens=self._plan.tokens)
         if record.status != 429:

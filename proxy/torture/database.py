@@ -107,7 +107,7 @@ async def _connection(url: str) -> AsyncIterator[Any]:
     try:
         import asyncpg  # the extra `postgres`, which a run on SQLite does not need
     except ModuleNotFoundError:
-        raise DatabaseUnusable("PostgreSQL needs asyncpg: pip install 'llm-quota-proxy[postgres]'") from None
+        raise DatabaseUnusable("PostgreSQL needs asyncpg: run pip install '.[postgres]' in a clone") from None
     try:
         # Without the cache the driver uses unnamed statements. pgbouncer may run each transaction on another server
         # connection, where a named statement doesn't exist.

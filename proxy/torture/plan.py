@@ -34,8 +34,8 @@ _MAXIMUM_FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "completions": ("max_tokens",),
     "responses": ("max_output_tokens",),
 }
-# As the proxy documents it: a call is refused only if not even its smallest answer fits, which is 1024 tokens for
-# each choice, or the output maximum if that is smaller. A call that states no maximum gets 4096.
+# A call is refused only if not even its smallest answer fits. The policy of a run says that it is 1024 tokens for
+# each choice; it is the output maximum if that is smaller. A call that states no maximum gets 4096.
 SMALLEST_ANSWER, _DEFAULT_MAXIMUM = 1024, 4096
 MODEL_PREFIX = "gpt-4o-"  # the proxy finds the tokenizer by it
 _INSTRUCTIONS = "You answer in plain words"

@@ -10,18 +10,20 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proxy.torture.plan import Plan
 
 _POLICY = """
-server: {{api: "127.0.0.1:{port}", admin: {admin}}}
+server: {{api: "127.0.0.1:{port}", admin: {admin}, shutdown_delay: 0s}}
 database: "{database}"
 admin_keys: {{torture: "{admin_key}"}}
 wait: {wait_s}s
+smallest_answer: 1024
 upstreams:
-  simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator, on_disconnect: {on_disconnect}}}
+  simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: {kind}, on_disconnect: {on_disconnect}}}
 groups:
   clients: {{quotas: {{tokens: {{tokens: {tokens}, per: {per}, shared: {shared}}}}}}}
 identity:
@@ -35,7 +37,7 @@ users:
 FRONT_KEY = "key-of-the-user-interface-in-front"
 USER_HEADER = "X-Torture-User"
 ADMIN_NAME, ADMIN_KEY = "torture", "key-of-the-administrator-of-torture"
-_START_S = 30.0
+_START_S = 90.0
 _STOP_S = 45.0
 _READY_ANSWER_S = 1.0
 _READY_EVERY_S = 0.02
@@ -49,6 +51,15 @@ class NotStarted(Exception):
     """The proxy did not start; the message is the end of its log."""
 
 
+@dataclass(frozen=True, slots=True)
+class UpstreamSettings:
+    """The upstream of the proxy under test: its base URL, the key for it, and its kind."""
+
+    url: str
+    key: str
+    kind: str = "simulator"
+
+
 class ProxyProcess:
     """The process. `epoch` increases when it goes down or is paused, and when it is up again; odd is down.
 
@@ -60,8 +71,7 @@ class ProxyProcess:
         folder: Path,
         plan: Plan,
         *,
-        upstream: str,
-        upstream_key: str,
+        upstream: UpstreamSettings,
         keys: tuple[str, ...],
         database: str | None = None,
     ) -> None:
@@ -78,7 +88,7 @@ class ProxyProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._starts = 0
         self._plan = plan
-        self._upstream = (upstream, upstream_key)
+        self._upstream = upstream
 
     async def start(self) -> None:
         """Start it and wait until it is ready. Raises NotStarted."""
@@ -161,15 +171,16 @@ class ProxyProcess:
             await self._process.wait()
 
     def _policy(self, on_disconnect: str) -> str:
-        plan, (upstream, upstream_key) = self._plan, self._upstream
+        plan, upstream = self._plan, self._upstream
         return _POLICY.format(
             port=self.port,
             admin=f'"127.0.0.1:{self.admin_port}"' if self.admin_port else "null",
             admin_key=ADMIN_KEY,
             database=self.database,
             wait_s=plan.wait_s,
-            upstream=upstream,
-            upstream_key=upstream_key,
+            upstream=upstream.url,
+            upstream_key=upstream.key,
+            kind=upstream.kind,
             on_disconnect=on_disconnect,
             tokens=plan.tokens,
             per=plan.per,

@@ -3,6 +3,7 @@
     run             tests this proxy, as one process or as several replicas, which are killed and paused; its database
                     is read
     run_external    tests any OpenAI-compatible proxy that forwards to the upstream that is served here
+    compare         tests such a proxy twice: alone, and behind this proxy
 
 `verdict` says what is judged, and how.
 """
@@ -14,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -26,9 +27,9 @@ from proxy.torture.clients import Address, Clients, ProxyUnderTest, bearer
 from proxy.torture.database import count_open_calls, drop_schema, read_audit, read_snapshot, require_empty
 from proxy.torture.evidence import Evidence
 from proxy.torture.plan import Plan
-from proxy.torture.process import ADMIN_NAME, FRONT_KEY, USER_HEADER, ProxyProcess
+from proxy.torture.process import ADMIN_NAME, FRONT_KEY, USER_HEADER, ProxyProcess, UpstreamSettings
 from proxy.torture.replicas import Replicas
-from proxy.torture.report import Report
+from proxy.torture.report import Comparison, Report
 from proxy.torture.upstream import RecordingUpstream
 from proxy.torture.verdict import judge, judge_external
 
@@ -111,8 +112,7 @@ def _proxies(
         proxies.append(
             ProxyProcess(
                 *(home, plan),
-                upstream=upstream.url,
-                upstream_key=upstream.key,
+                upstream=UpstreamSettings(upstream.url, upstream.key),
                 keys=keys,
                 database=shared.url if shared else None,
             )
@@ -232,6 +232,34 @@ async def run_external(plan: Plan, external: ExternalProxy, *, now: Callable[[],
         counters=plan.counters,
         counted=None if after is None or before is None else after - before,
     )
+
+
+async def compare(
+    plan: Plan, external: ExternalProxy, *, unlimited_key: str, now: Callable[[], int], say: Print
+) -> Comparison:
+    """Test a proxy that is running twice with the same calls: alone, and behind this proxy with the same limit.
+
+    This proxy is started for the second run, and calls the other one with `unlimited_key`. Raises NotStarted beside
+    what `run_external` raises.
+    """
+    alone = await run_external(plan, external, now=now, say=say)
+    say("The same calls again, with this proxy in front of it.")
+    folder = Path(tempfile.mkdtemp(prefix="llm-quota-proxy-torture-"))
+    keys = tuple(_key() for _ in external.keys)
+    upstream = UpstreamSettings(external.url, unlimited_key, kind="openai")
+    proxy = ProxyProcess(folder, plan, upstream=upstream, keys=keys)
+    try:
+        await proxy.start()
+        in_front = replace(external, url=f"http://127.0.0.1:{proxy.port}/v1", keys=keys)
+        behind = await run_external(plan, in_front, now=now, say=say)
+        await proxy.stop()
+    finally:
+        await proxy.kill()
+    if behind.is_kept:
+        shutil.rmtree(folder)
+    else:
+        say(f"The database and the log of this proxy are kept for inspection in {folder}")
+    return Comparison(alone, behind)
 
 
 def _summary(plan: Plan) -> str:

@@ -81,16 +81,19 @@ def judge_external(evidence: Evidence, *, windows: int, counters: int, counted: 
     note = f"tokens beyond {windows} × {evidence.limit:,} for each of {counters}, by the upstream's own count"
     known = {each.tag for each in evidence.upstream}
     foreign = sum(record.result == "complete" and record.tag not in known for record in evidence.clients)
+    reported = sum(sum(record.usage or ()) for record in evidence.clients if record.result == "complete")
     figures = [
+        Figure("limit", allowed * counters, f"tokens in {windows} windows of {counters} counters"),
         *_totals(evidence),
+        Figure("upstream calls", len(evidence.upstream), "that the upstream saw"),
+        Figure("reported tokens", reported, "in complete answers"),
         promise("foreign answers", foreign, "complete answers that this upstream did not give, so can't be judged"),
         promise("upstream overshoot", overshoot, note),
     ]
     if counted is not None:
-        received = sum(sum(record.usage or ()) for record in evidence.clients if record.result == "complete")
         given = sum(by_counter.values())
-        note = f"of {received:,} tokens reported in complete answers; {counted:,} counted, {given:,} by the upstream"
-        figures.append(promise("lost", max(0, received - counted), note))
+        note = f"of {reported:,} tokens reported in complete answers; {counted:,} counted, {given:,} by the upstream"
+        figures.append(promise("lost", max(0, reported - counted), note))
     # Not a promise: an external proxy may fail for reasons that its operator knows and this test does not.
     figures += [Figure("unexplained failures", *_unexplained_failures(evidence))]
     figures += [*_refusals(evidence), *_times(evidence)]
