@@ -48,6 +48,7 @@ async def ask(
         reply = Reply(response.status, response.headers.copy(), await response.read())
     assert reply.headers["cache-control"] == "no-store"
     assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["server"] == "llm-quota-proxy"
     if reply.status >= 400:
         problem = reply.json()
         assert reply.headers["content-type"] == "application/problem+json"

@@ -6,6 +6,7 @@ async with bare_upstream(serve) as upstream:     # `serve` gets the field `metad
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -54,6 +55,8 @@ class BareUpstream:
 @asynccontextmanager
 async def connections(
     accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    *,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """Accept connections on a free port, which is yielded. A connection is closed when `accept` returns.
 
@@ -76,7 +79,7 @@ async def connections(
             writer.close()
             serving.discard(task)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:

@@ -17,7 +17,7 @@ import pytest
 from proxy.calls.log_line import LogLine
 from proxy.config.loader import Config
 from proxy.identity.authentication import Snapshot
-from proxy.identity.directory import Cuts, Directory, OwnedKey, User, UserId
+from proxy.identity.directory import Cuts, Directory, KeyUse, OwnedKey, User, UserId
 from proxy.ledger.book import Extend, Reserve
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.store import StoreUnavailable
@@ -112,7 +112,7 @@ class DirectoryStoreOf:
         self._fail()
         return self.cuts
 
-    async def note_used(self, used: Mapping[str, int]) -> None:
+    async def note_used(self, used: Mapping[str, KeyUse]) -> None:
         """Remember it for the test."""
         self._fail()
         self.used |= used

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # They say nothing about which values are valid.
-_NOTES = {"title", "description", "default", "examples", "format", "deprecated"}
+_NOTES = {"title", "description", "default", "examples", "format", "deprecated", "x-measure"}
 _ABOUT_PARTS = {"properties", "required", "additionalProperties", "items"}
 _TYPES: dict[str, Any] = {
     "string": str,

@@ -11,12 +11,15 @@ python -m tests.postgres COMMAND…    # runs a command with {database} and {res
 
 import asyncio
 import atexit
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -100,18 +103,26 @@ class Postgres:
 
     async def run(self, *statements: str, url: str | None = None) -> list[Any]:
         """Run these statements as an operator would, and return the rows of the last one."""
-        rows: list[Any] = []
-        connection = await asyncpg.connect(url or self.url())
-        try:
-            for statement in statements:
-                rows = await connection.fetch(statement)
-        finally:
-            await connection.close()
-        return rows
+        return await run_statements(url or self.url(), *statements)
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server and break all connections. The mode `immediate` is like a crash of the machine."""
         self._control("-m", mode, "stop")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Pause all processes of the server within the block: it accepts connections, and answers nothing."""
+        main = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        os.kill(main, signal.SIGSTOP)  # first, so that it starts no more
+        children = list(map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split()))
+        try:
+            for pid in children:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in (*children, main):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def start(self) -> None:
         """Start the server again. What was committed is there."""
@@ -137,6 +148,18 @@ class Postgres:
     def _control(self, *arguments: str) -> None:
         command = [str(POSTGRES_BIN_PATH / "pg_ctl"), "-w", "-D", str(self._folder / "data"), *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=self._server.system_user)
+
+
+async def run_statements(url: str, *statements: str) -> list[Any]:
+    """Run these statements on a database, and return the rows of the last one."""
+    rows: list[Any] = []
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            rows = await connection.fetch(statement)
+    finally:
+        await connection.close()
+    return rows
 
 
 def url_name(url: str) -> str:

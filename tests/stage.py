@@ -38,7 +38,7 @@ ENGINE = "sqlite"
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 
 BASE = """
-server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0", shutdown_delay: 0s}}
 database: "{database}"
 upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: {kind}{more}}}
@@ -120,7 +120,7 @@ class Stage:
     @property
     def connections(self) -> int:
         """How many connections the API listener has."""
-        listener = self.server._runners[0].server
+        listener = self.server._listeners["server.api"].server
         assert listener is not None
         return len(listener.connections)
 
@@ -169,6 +169,16 @@ class Stage:
         """Close the connection of a call that was begun."""
         call.cancel()
         await asyncio.wait([call])
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Stop the server. At the end of the block another one starts, on the same database and the same ports."""
+        addresses = {"api": self.server.api, "admin": self.server.admin}
+        await self.server.stop(grace_s=0)
+        yield
+        self.config = replace(self.config, settings=replace(self.config.settings, **addresses))
+        self.server = Server(self.config, load=lambda: self.config, now=self.clock, tokenizers=loaded())
+        await self.server.start()
 
     async def rows(self, table: str) -> list[dict[str, Any]]:
         """The committed rows of a table of the ledger, on either engine."""
@@ -236,6 +246,7 @@ async def stage(
     trusted_proxies: tuple[Network, ...] = (),
     admin_url: str | None = None,
     admin_hosts: tuple[str, ...] = (),
+    prefix: str = "",
     kind: str = "simulator",
     more: str = "",
 ) -> AsyncIterator[Stage]:
@@ -271,6 +282,7 @@ async def stage(
             trusted_proxies=trusted_proxies,
             admin_url=admin_url,
             admin_hosts=admin_hosts,
+            prefix=prefix,
         ),
     )
     server = Server(
@@ -294,7 +306,7 @@ async def stage(
                     for sdk in on.sdks:
                         await sdk.close()
         finally:
-            await server.stop(grace_s=5)
+            await on.server.stop(grace_s=5)
     finally:
         await runner.cleanup()
     if lent is not None:
@@ -368,3 +380,17 @@ def fast_timers(factor: float = 5) -> Iterator[None]:
         ahead = loop.time() - time()
         loop.time = lambda: time() + ahead  # a loop's clock must not go back
         selector.select = select
+
+
+@contextmanager
+def movable_time() -> Iterator[Callable[[float], None]]:
+    """A function that moves the event loop's clock by so many seconds, for timeouts that a test decides about."""
+    loop: Any = asyncio.get_running_loop()
+    time, ahead_s = loop.time, 0.0
+    loop.time = lambda: time() + ahead_s
+
+    def move(seconds: float) -> None:
+        nonlocal ahead_s
+        ahead_s += seconds
+
+    yield move  # a loop's clock must not go back, so it stays ahead

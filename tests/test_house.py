@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.syntax import parsed
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "proxy"
 
@@ -51,20 +53,20 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
         (
             *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-            *("ledger.queries", "ledger.notices", "ledger.replicas"),
+            *("ledger.primary", "ledger.queries", "ledger.notices", "ledger.replicas", "ledger.copy"),
             *("identity.admins", "identity.database", "administration"),
         ),
         "SQL stays in the ledger's engines and modules of queries, in identity.database and in administration",
     ),
     "alembic": (("ledger.schema", "ledger.migrations"), "migrations stay in ledger.schema"),
     "aiosqlite": ((), "SQLAlchemy loads it, by the database's URL"),
-    "asyncpg": (("ledger.postgres", "torture.database"), "SQL stays in the engines of the ledger"),
+    "asyncpg": (("ledger.postgres", "ledger.primary", "torture.database"), "SQL stays in the engines of the ledger"),
     "sqlite3": (
-        ("torture.database",),
-        "ask the ledger; only torture reads the database directly, to judge the ledger",
+        ("ledger.backup", "torture.database"),
+        "ask the ledger; torture judges it by its files, and the online backup is a function of the driver",
     ),
     "aiohttp": (
-        ("upstreams.client", "commands.events", "torture.clients", "torture.administrator"),
+        ("upstreams.client", "upstreams.sending", "commands.events", "torture.clients", "torture.administrator"),
         "HTTP clients stay in these modules; for the server write `from aiohttp import web`",
     ),
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),
@@ -95,6 +97,7 @@ EXEMPT: dict[str, dict[str, str]] = {
         "commands.admin_keys.admin_keys_create": "each option of a command is a parameter",
         "commands.counters.grant": "each option of a command is a parameter",
         "commands.counters.grants_list": "each option of a command is a parameter",
+        "commands.counters.reset": "each option of a command is a parameter",
         "commands.directory.keys_create": "each option of a command is a parameter",
         "commands.directory.users_set": "each option of a command is a parameter",
         "commands.reports.audit": "each option of a command is a parameter",
@@ -129,7 +132,7 @@ def source(module: str) -> str:
 
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse(source(module), filename=str(path_of(module)))
+    return parsed(source(module))
 
 
 def is_in(module: str, places: tuple[str, ...] | list[str]) -> bool:
@@ -331,7 +334,7 @@ def dummy(monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
     given = {name.replace("__", "."): text for name, text in texts.items()}
     monkeypatch.setattr(f"{__name__}.modules", lambda: tuple(given))
     monkeypatch.setattr(f"{__name__}.source", lambda module: given[module])
-    trees = {module: ast.parse(text) for module, text in given.items()}
+    trees = {module: parsed(text) for module, text in given.items()}
     monkeypatch.setattr(f"{__name__}.tree", trees.__getitem__)
 
 
@@ -406,7 +409,7 @@ def named_threats() -> set[str]:
     """The rows that the docstrings of tests name. A range ("T36 to T39") names only its ends."""
     named: set[str] = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
                 named.update(re.findall(r"\bT\d+\b", ast.get_docstring(node) or ""))
     return named

@@ -4,9 +4,10 @@ import asyncio
 import gc
 import weakref
 
+import pytest
 from structlog.testing import capture_logs
 
-from proxy.tasks import Tasks
+from proxy.tasks import Tasks, first_of
 
 
 async def answer(value):
@@ -143,3 +144,21 @@ async def test_all_ended_waits_for_tasks_that_start_meanwhile() -> None:
     await tasks.all_ended()
     await tasks.all_ended()
     assert done == ["first", "second"]
+
+
+async def test_the_tasks_that_were_started_are_counted():
+    """Also those that have ended."""
+    tasks = Tasks()
+    await asyncio.gather(*(tasks.start("answering", answer(number)) for number in range(3)))
+    assert (tasks.started, len(tasks)) == (3, 0)
+
+
+async def test_the_first_to_end_ends_the_wait_and_the_others_are_cancelled():
+    """Or the end of the time. What the first one raises is raised."""
+    never = asyncio.Event()
+    for works in ([until(never), answer(1)], [until(never), until(never)]):
+        others = asyncio.all_tasks()
+        await first_of(*works, timeout_s=60 if len({work.__name__ for work in works}) == 2 else 0)
+        assert asyncio.all_tasks() == others
+    with pytest.raises(RuntimeError, match="half way"):
+        await first_of(fail(), until(never), timeout_s=60)

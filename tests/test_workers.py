@@ -35,6 +35,7 @@ from proxy.workers import (
     listen,
     receive_inherited,
 )
+from tests import exposition
 from tests.audit import audit, rows
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.builders import NOON
@@ -43,7 +44,7 @@ from tests.postgres import shared
 from tests.stage import UPSTREAM_KEY, key_of, sqlite_in, until
 
 CONFIG = """
-server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0", shutdown_delay: 0s}}
 database: "{database}"
 wait: 1s
 upstreams:
@@ -131,14 +132,21 @@ def client(**more: Any) -> aiohttp.ClientSession:
 
 @asynccontextmanager
 async def running(
-    folder: Path, workers: int, *, database: str | None = None, requests: int = 1000, held: str = NOWHERE
+    folder: Path,
+    workers: int,
+    *,
+    database: str | None = None,
+    requests: int = 1000,
+    held: str = NOWHERE,
+    shutdown_delay: str = "0s",
 ) -> AsyncIterator[Running]:
     """A parent with this number of workers in front of a simulator. It is killed if the test has not stopped it."""
     simulator = Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     file = folder / "quotas.yaml"
     upstream = f"http://127.0.0.1:{port}/v1"
-    file.write_text(text_of(database or sqlite_in(folder), upstream=upstream, held=held, requests=requests))
+    text = text_of(database or sqlite_in(folder), upstream=upstream, held=held, requests=requests)
+    file.write_text(text.replace("shutdown_delay: 0s", f"shutdown_delay: {shutdown_delay}"))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", "serve", "--workers", str(workers), "--config", str(file)),
         stderr=asyncio.subprocess.PIPE,
@@ -163,13 +171,25 @@ def text_of(database: str, *, upstream: str = NOWHERE, held: str = NOWHERE, requ
     return CONFIG.format(database=database, upstream=upstream, held=held, **given)
 
 
+async def called(on: "Running", http: aiohttp.ClientSession, pid: int) -> None:
+    """Make a call through this worker.
+
+    Another one may have been stopped while it had its turn at the file. Then the call is a 503, and is made again.
+    """
+    for _ in range(10):
+        with on.only(pid):
+            status, _ = await on.chat(http)
+        if status == 200:
+            return
+    raise AssertionError(f"the last status was {status}")
+
+
 @pytest.mark.journey
 async def test_every_worker_serves_the_one_port(tmp_path: Path) -> None:
     """Each takes calls, and shows the sums of all in /metrics. SIGHUP reloads all; SIGTERM stops all, exit code 0."""
     async with running(tmp_path, 3) as on, client() as http:
         for pid in on.pids:
-            with on.only(pid):
-                assert (await on.chat(http))[0] == 200
+            await called(on, http, pid)
         assert len({row["owner"] for row in rows(tmp_path / "quotas.db", "calls")}) == 3
         for pid in on.pids:
             with on.only(pid):
@@ -177,8 +197,17 @@ async def test_every_worker_serves_the_one_port(tmp_path: Path) -> None:
                     text = await response.text()
                 async with http.get(f"{on.admin_url}/readyz") as response:
                     assert response.status == 200
-            assert 'llm_quota_calls_total{endpoint="chat",model="fast",outcome="complete"} 3.0' in text
-            assert "llm_quota_calls_in_flight 0.0" in text
+            found = exposition.Metrics.of(text)
+            assert found.by("llm_quota_calls_total", "endpoint", "model", "outcome") == {
+                ("chat", "fast", "complete"): 3
+            }
+            assert found.by("llm_quota_requests_total", "status")["200"] == 3
+            assert found.by("llm_quota_duration_seconds_count", "endpoint") == {"chat": 3}
+            assert found.value("llm_quota_calls_in_flight") == 0
+            assert found.value("llm_quota_ledger_healthy") == 1
+            assert len(found.by("llm_quota_policy_info", "hash")) == 1
+            # Of all three workers: none takes less than 40 MB.
+            assert found.value("process_resident_memory_bytes") > 120e6
         on.process.send_signal(signal.SIGHUP)
         for _ in on.pids:
             await on.logged("policy reloaded")
@@ -226,24 +255,28 @@ async def test_a_killed_worker_is_replaced_and_workers_of_a_killed_parent_stop(t
 
 
 @pytest.mark.journey
-@pytest.mark.parametrize("is_stopping", [False, True])
+@pytest.mark.parametrize("shutdown_delay", [None, "0s", "10m"])
 async def test_workers_of_a_killed_parent_do_not_wait_for_their_calls(
-    is_stopping: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shutdown_delay: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls are settled, the lock on the file is free, and the folder of the metrics is gone. Also if the workers are
-    stopping already, because an operator or a service manager lost patience with the parent.
+    stopping already, because an operator or a service manager killed the parent: while they still take
+    new calls, and after that.
     """
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    async with running(tmp_path, 2) as on, client() as http:
+    async with running(tmp_path, 2, shutdown_delay=shutdown_delay or "5s") as on, client() as http:
         hanging = {"simulate": "tokens=50 stall=5"}
         loop = asyncio.get_running_loop()
         calls = [loop.create_task(on.chat(http, stream=True, metadata=hanging)) for _ in range(4)]
         await on.simulator.until(lambda: on.simulator.chunks_sent >= 20)
         assert len(list(folder.iterdir())) == 1
-        if is_stopping:
+        if shutdown_delay is not None:
             on.process.terminate()
+            for _ in on.pids:
+                await on.logged("stopping")
+        if shutdown_delay == "0s":
             await until_refused(on.url)
         on.process.kill()
         async with asyncio.timeout(10):
@@ -256,6 +289,33 @@ async def test_workers_of_a_killed_parent_do_not_wait_for_their_calls(
         store = SqliteStore(tmp_path / "quotas.db")
         await store.open()
         await store.close()
+        audit(tmp_path / "quotas.db")
+
+
+@pytest.mark.journey
+async def test_workers_stop_in_order_on_sigterm_and_at_once_on_sigint(tmp_path: Path) -> None:
+    """SIGTERM to the parent: each worker still takes calls, with its delay. Then SIGINT: each cuts off its calls."""
+    async with running(tmp_path, 2, shutdown_delay="10m") as on, client() as http:
+        on.process.terminate()
+        for _ in on.pids:
+            assert orjson.loads(await on.logged("stopping"))["shutdown_delay_s"] == 600
+        for pid in on.pids:
+            with on.only(pid):
+                assert (await on.chat(http))[0] == 200
+                async with http.get(f"{on.admin_url}/readyz") as response:
+                    assert response.status == 503
+        hanging = {"simulate": "tokens=50 stall=5"}
+        loop = asyncio.get_running_loop()
+        calls = [loop.create_task(on.chat(http, stream=True, metadata=hanging)) for _ in range(4)]
+        await on.simulator.until(lambda: on.simulator.chunks_sent >= 20)
+        on.process.send_signal(signal.SIGINT)
+        ends = [orjson.loads(await on.logged("calls_ended")) for _ in on.pids]
+        assert sum(end["calls_cut_off"] for end in ends) == 4
+        assert sum(end["calls_ended"] for end in ends) == 2
+        assert await on.process.wait() == 0
+        await asyncio.gather(*calls, return_exceptions=True)
+        states = Counter((row["state"], row["outcome"]) for row in rows(tmp_path / "quotas.db", "calls"))
+        assert states == {("settled", "complete"): 2, ("settled", "stopped"): 4}
         audit(tmp_path / "quotas.db")
 
 
@@ -524,7 +584,7 @@ async def test_a_parent_without_workers_that_can_start_ends_with_an_error(
 async def test_a_worker_that_does_not_stop_is_killed(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
     """A paused process does not handle SIGTERM. The parent ends nevertheless."""
     monkeypatch.setattr("proxy.workers.GRACE_S", 0)
-    monkeypatch.setattr("proxy.workers._KILL_AFTER_S", 0.05)
+    monkeypatch.setattr("proxy.workers.CLEANUP_S", 0.05)
     async with supervised(parent) as on:
         paused = on.entries("a worker serves")[0]["pid"]
         os.kill(paused, signal.SIGSTOP)
@@ -620,7 +680,9 @@ def test_a_worker_knows_whether_its_parent_lives(is_unread: bool, temporary: Pat
 # ------------------------------------------------------------------------------------------------------------ sockets
 
 
-WHOLE = InheritedResources("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))
+WHOLE = InheritedResources(
+    "me", "sqlite:///q.db", (3, 4), (5,), lock=6, metrics="/tmp/x", dead=("you",), shutdown_delay_s=2.5
+)
 
 
 @pytest.mark.parametrize("inherited", [WHOLE, InheritedResources("me", "postgresql://u:secret@h/d")])
@@ -667,7 +729,7 @@ async def test_a_worker_whose_parent_dies_while_it_starts_does_not_serve() -> No
 
 def test_a_listening_socket_has_an_address_and_is_not_inherited_by_default() -> None:
     """It accepts connections at the address. Only `pass_fds` hands it to a worker."""
-    [only] = listen(Address("127.0.0.1", 0))
+    [only] = listen(Address("127.0.0.1", 0), "server.api")
     with only:
         assert address_of([only]) == Address("127.0.0.1", only.getsockname()[1])
         socket.create_connection(only.getsockname()).close()
@@ -679,5 +741,5 @@ def test_a_port_in_use_leaves_no_socket_open() -> None:
     """Also if the host has several addresses and the port is free on some of them."""
     before = os.listdir("/dev/fd")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
-        listen(Address("localhost", taken.getsockname()[1]))
+        listen(Address("localhost", taken.getsockname()[1]), "server.api")
     assert os.listdir("/dev/fd") == before

@@ -112,8 +112,9 @@ class Load:
         return tuple(map(int, found))
 
     async def _client(self, number, simulate):
+        # On a busy machine a call can wait too long in the queue of the ledger. Its 503 costs nothing: call again.
         user = USERS[number % len(USERS)]
-        while (status := await self.call(user, simulate)) == 200:
+        while (status := await self.call(user, simulate)) in (200, 503):
             pass
         assert status == 429
 
@@ -236,7 +237,7 @@ async def test_calls_in_flight_settle_into_a_counter_that_was_reset(load):
     """Ten are in flight at the reset. They count in what is admitted after it."""
     await load.set_limit(40)
     await load.is_in_force()
-    slow = [asyncio.create_task(load.call(USERS[number % 8], "tokens=5 delay=3")) for number in range(10)]
+    slow = [asyncio.create_task(load.call(USERS[number % 8], "tokens=5 delay=8")) for number in range(10)]
     await until(lambda: load.at_least(10))
     assert [await load.call(USERS[0]) for _ in range(30)] == [200] * 30
     assert await load.used() == (30, 10)

@@ -1,7 +1,8 @@
 """An upstream that stops without saying so: in each of these ways and phases, the call ends and nothing stays behind.
 
 The upstream is a bare socket. It sends a part of a stream, breaks HTTP in one of the ways, and closes, resets or
-keeps the connection. The proxy's limit of a silence is a second here.
+keeps the connection. The proxy's limit of a silence is three seconds here: all calls of a test run at once, and on a
+busy machine an upstream that is not silent can need one.
 """
 
 import asyncio
@@ -17,15 +18,14 @@ from typing import Any, Literal
 
 import pytest
 
-from proxy.upstreams.client import Upstreams
 from tests.bare_upstream import connections
 from tests.stage import STAFF, Reply, Stage, stage
 
 pytestmark = pytest.mark.journey
 
-SILENCE_S = 1.0
+SILENCE_S = 3.0
 # What a call may take: the silence, and a second for the rest of the body after its last event. The machine is busy.
-CALL_S = 10.0
+CALL_S = 20.0
 CHAT = "/v1/chat/completions"
 LARGE = STAFF.replace("tokens: 1M", "tokens: 100M")
 
@@ -144,8 +144,8 @@ async def breaking(folder: Path, *, silence_s: float = SILENCE_S) -> AsyncIterat
     upstream = BreakingUpstream()
     async with connections(upstream.serve) as port:
         url = f"http://127.0.0.1:{port}/v1"
-        upstreams = Upstreams(silence_s=silence_s)
-        async with stage(LARGE, folder=folder, upstream=url, kind="openai", upstreams=upstreams) as on:
+        idle = f", idle_timeout: {silence_s:.0f}s"
+        async with stage(LARGE, folder=folder, upstream=url, kind="openai", more=idle) as on:
             yield on
 
 
@@ -163,7 +163,7 @@ def check(way: str, phase: str, reply: Reply) -> None:
         assert reply.status in (502, 504), (way, phase, reply.status)
         return
     if phase == "after the head" and reply.status in (502, 504):
-        return  # the error arrived together with the head, or this machine was busy for a second
+        return  # the error arrived together with the head, or this machine was busy for three seconds
     assert reply.status == 200, (way, phase, reply.status)
     is_over = phase == "after the end"
     has_error = b"upstream_error" in reply.body or b"upstream_timeout" in reply.body

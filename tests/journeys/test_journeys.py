@@ -111,6 +111,7 @@ async def test_a_used_up_quota_takes_one_request_and_states_its_reset(tmp_path: 
         assert on.simulator.received == received
         error: Any = refused.value.body
         assert refused.value.code == "insufficient_quota"
+        assert (error["quota"], error["help"], error["help_url"]) == ("staff/daily", None, None)
         assert error["reset_at"] == "2026-11-25T00:00:00+00:00"
         assert error["retry_after"] == 12 * 3600
         assert refused.value.response.headers["x-should-retry"] == "false"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.journey
 ALICE, BOB, UPSTREAM_KEY = "sk-alice-0123456789abcdefghij", "sk-bob-0123456789abcdefghijkl", "sk-upstream-9876543210"
 PROMPT = "the words of a secret prompt"
 POLICY = """
-server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0", shutdown_delay: 0s}}
 database: sqlite:///{folder}/quotas.db
 retry_for: 0s
 upstreams:
@@ -280,7 +280,7 @@ async def test_a_thousand_calls_leave_no_key_prompt_or_answer_in_the_log(tmp_pat
             "serving",
         ]
         assert (lines[0]["users"], lines[0]["database"]) == (2, f"sqlite:///{tmp_path}/quotas.db")
-        assert [line["event"] for line in lines[-2:]] == ["stopping", "stopped"]
+        assert [line["event"] for line in lines[-3:]] == ["stopping", "accepting no more calls", "stopped"]
         assert any(line["event"] == "attempt" and line["level"] == "debug" for line in lines)
         for secret in (ALICE, BOB, UPSTREAM_KEY, "secret prompt", answer):
             assert secret not in text
@@ -330,6 +330,7 @@ def _with_secret(secret: str) -> list[tuple[str, str, dict[str, str], Any]]:
         ("POST", chat, {}, {"model": "fast", "messages": [{"role": secret, "content": secret}]}),
         ("POST", f"{chat}?{secret}={secret}&api-version={secret}", {}, _chat()),
         ("POST", chat, {"X-Request-Id": secret, "Idempotency-Key": secret, "User-Agent": secret}, _chat()),
+        ("POST", chat, {"traceparent": secret, "tracestate": f"a={secret}"}, _chat()),
         ("POST", chat, {"X-Quota-Max-Wait": secret, "Origin": secret, "X-Forwarded-For": secret}, _chat()),
         ("POST", chat, {"Content-Encoding": secret}, _chat()),
         ("POST", chat, {"x-api-key": secret}, _chat()),

@@ -167,7 +167,7 @@ async def test_a_wrong_request_raises_the_exception_of_its_status(tmp_path: Path
 
 async def test_a_quota_that_is_used_up_raises_with_its_reset(tmp_path: Path) -> None:
     """The SDK sends one request. Without `x-should-retry: false` it would sleep until the reset and try again."""
-    policy = STAFF.replace("tokens: 1M", "tokens: 100")
+    policy = "smallest_answer: 100\n" + STAFF.replace("tokens: 1M", "tokens: 100")
     async with anthropic_stage(tmp_path, policy) as on, client(on, max_retries=2) as sdk:
         await sdk.messages.create(**request("tokens=50"))
         with pytest.raises(anthropic.RateLimitError, match="Resets at 2026-11-25T00:00:00") as refused:
@@ -175,7 +175,7 @@ async def test_a_quota_that_is_used_up_raises_with_its_reset(tmp_path: Path) -> 
         assert isinstance(refused.value.body, dict)
         error = refused.value.body["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "insufficient_quota")
-        assert error["reset_at"] == "2026-11-25T00:00:00+00:00"
+        assert (error["quota"], error["reset_at"]) == ("staff/daily", "2026-11-25T00:00:00+00:00")
         headers = refused.value.response.headers
         assert headers["anthropic-ratelimit-tokens-limit"] == "100"
         assert headers["anthropic-ratelimit-tokens-remaining"] == str(100 - 50 - INPUT_TOKENS)

@@ -261,7 +261,7 @@ async def _reload(on: Stage, folder: Path, policy: str, *, upstream_name: str = 
 
 
 CHANGES = {
-    "lowered below one call": (SMALL.replace("9000", "100"), 400, "context_length_exceeded"),
+    "lowered below one call": (SMALL.replace("9000", "5"), 400, "context_length_exceeded"),
     "lowered below what is used": (SMALL.replace("9000", "2k"), 429, "insufficient_quota"),
     "raised": (SMALL.replace("9000", "9M"), 200, None),
     "quota renamed": (SMALL.replace("daily", "weekly"), 200, None),
@@ -313,14 +313,6 @@ KILLS = 10
 CLIENTS = 16
 
 
-class _QuickServer(Server):
-    """A proxy that gives its calls 0.2 s to end when it stops, where production gives them 30 s."""
-
-    async def stop(self, grace_s: float = 0.2) -> None:
-        """Stop with the short grace period."""
-        await super().stop(grace_s)
-
-
 def _run_proxy(text: str, started: Connection) -> None:
     """Run a proxy with this YAML until it is stopped or killed, and send its port through `started`."""
     config = load_text(text)
@@ -330,7 +322,8 @@ def _run_proxy(text: str, started: Connection) -> None:
         started.send(server.api.port)
 
     # No tokenizers: to read one takes longer than the rest of a start, and these upstreams report their usage.
-    uvloop.run(serve(_QuickServer(config, load=lambda: config, tokenizers=Tokenizers(())), send_port))
+    server = Server(config, load=lambda: config, tokenizers=Tokenizers(()))
+    uvloop.run(serve(server, send_port, grace_s=0.2))
 
 
 class ProxyProcess:

@@ -20,7 +20,8 @@ from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
 from proxy.ledger.book import Accepted, Refused, Release, Settle
 from proxy.ledger.ledger import LEASE_MS, Ledger
-from proxy.ledger.postgres import PostgresStore, Timeouts
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.primary import Timeouts
 from proxy.ledger.schema import users
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens

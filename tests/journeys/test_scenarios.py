@@ -1,7 +1,7 @@
 """The rules of quotas as examples with numbers, tested through the whole running proxy.
 
 Nearly all prompts repeat "word" on /completions. "word word word" is three tokens for tiktoken and for the simulator.
-The model `plain` has a smallest answer of 10 tokens, and the model `usual` the default of 1024.
+The model `plain` has a smallest answer of 10 tokens, and the model `usual` one of 1024, in quotas of every size.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ MIDNIGHT = NOON + DAY // 2
 MODELS = """
 models:
   plain: {upstream: simulated, model: gpt-4o-mini, smallest_answer: 10}
-  usual: {upstream: simulated, model: gpt-4o-mini}
+  usual: {upstream: simulated, model: gpt-4o-mini, smallest_answer: 1024}
   thinker: {upstream: simulated, model: gpt-4o-mini, reasoning: true}
   vectors: {upstream: simulated, model: text-embedding-3-small}
 """
@@ -343,7 +343,7 @@ async def test_a_quota_of_requests_only(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ near the limit
 
 
-@pytest.mark.parametrize(("limit", "total", "used"), [(700, 600, 700), (702, 602, 700), (703, 603, 703)])
+@pytest.mark.parametrize(("limit", "total", "used"), [(700, 600, 700), (702, 600, 700), (703, 603, 703)])
 async def test_three_choices_share_what_is_free(limit: int, total: int, used: int, tmp_path: Path) -> None:
     """n=3 with max_tokens 400 on 700: after 100 of input each choice gets 200. A remainder of 1 or 2 stays unused."""
     async with stage(_daily(f"tokens: {limit}"), folder=tmp_path) as on:
@@ -397,10 +397,10 @@ async def test_busy_exhausted_and_never_have_different_messages(tmp_path: Path) 
     """T63: on 300 tokens: 310 can never fit; 150 wait while a call holds 210, and don't fit after it used 210."""
     async with stage(_daily("tokens: 300"), folder=tmp_path, on_disconnect="stop") as on:
         never = await on.post(COMPLETIONS, _body(10, "tokens=1", max_tokens=300))
-        assert (never.status, never.error["code"]) == (400, "context_length_exceeded")
+        assert (never.status, never.error["code"], never.error["param"]) == (400, "exceeds_quota", "max_tokens")
         assert never.error["message"] == (
             'This call can never fit: it needs at least 310 tokens, and quota "staff/daily" allows 300 per day. '
-            "Shorten the input or ask for a shorter answer."
+            "Set max_tokens to a smaller number."
         )
         first = on.begin(COMPLETIONS, _body(10, "tokens=200 stall=200", max_tokens=200, stream=True))
         await on.simulator.until(lambda: on.simulator.chunks_sent == 200)
@@ -620,6 +620,27 @@ async def test_a_limit_lowered_during_a_stream(tmp_path: Path) -> None:
         refused = await on.post(COMPLETIONS, _body(1, "", max_tokens=1))
         assert "is used up: 610 of 200 tokens." in refused.error["message"]
         assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+async def test_a_shorter_window_after_a_reload(tmp_path: Path) -> None:
+    """A year became a minute: 429 until the end of the minute of the first call after that, not until January.
+
+    The status of the quota says the same, before that call and after it, and the end is stored by the refusal.
+    """
+    async with stage(_policy("staff: {quotas: {daily: {requests: 1, per: year}}}"), folder=tmp_path) as on:
+        body = _body(3, "tokens=1")
+        assert (await on.post(COMPLETIONS, body)).status == 200
+        assert (await on.post(COMPLETIONS, body)).headers["x-should-retry"] == "false"
+        await _reload(on, _policy("staff: {quotas: {daily: {requests: 1, per: minute}}}"))
+        on.clock.ms = NOON + DAY + 20_000
+        end_s = NOON // 1000 + 86_400 + 60
+        assert (await on.quota("staff/daily"))["window"]["resets_at"] == end_s
+        refused = await on.post(COMPLETIONS, body)
+        assert (refused.status, refused.headers["retry-after"], refused.error["resets_at"]) == (429, "40", end_s)
+        assert [row["resets_at"] for row in await on.rows("counters")] == [end_s * 1000]
+        assert (await on.quota("staff/daily"))["requests"]["used"] == 1
+        on.clock.ms = end_s * 1000
+        assert (await on.post(COMPLETIONS, body)).status == 200
 
 
 async def test_a_stream_reserves_more_by_the_policy_of_its_call(tmp_path: Path) -> None:

@@ -90,6 +90,33 @@ async def test_usage_in_a_place_of_the_vendor_is_charged_and_passes(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("events", "more", "charged"),
+    [
+        ([TEXT, END, END, *[{"choices": [], "usage": usage(19, 21, 40)}] * 2], {"n": 2}, 40),
+        (
+            [TEXT, END, {"choices": [], "usage": {"total_tokens": 40}}, {"choices": [], "usage": usage(0, 0, 0)}],
+            {},
+            40,
+        ),
+        ([{**TEXT, "usage": usage(19, 1, citation_tokens=20)}, END, {"choices": [], "usage": usage(19, 21)}], {}, 60),
+    ],
+    ids=["repeated for two choices", "zeros after a total", "additional tokens of an earlier usage"],
+)
+async def test_a_later_usage_takes_nothing_away_and_adds_nothing_twice(
+    tmp_path: Path, events: list, more: dict, charged: int
+) -> None:
+    """Of each part the largest that was stated counts."""
+    metadata = {"stream": "\n".join(map(json.dumps, events))}
+    async with (
+        bare_upstream(_serve) as upstream,
+        stage(folder=tmp_path, upstream=upstream.url, kind="openai", more=", extra_usage: [citation_tokens]") as on,
+    ):
+        await on.post(CHAT, {"model": "fast", "messages": [], "metadata": metadata, "stream": True, **more})
+        await on.all_settled()
+        assert await on.used() == (charged, 0)
+
+
+@pytest.mark.parametrize(
     "body",
     [
         '{"choices":[{"message":{"content":"Hello"}}],"created":' + "9" * 200_000 + "}",

@@ -97,7 +97,7 @@ async def test_a_lowered_limit_refuses_a_waiting_call(tmp_path: Path) -> None:
     async with _waiting(tmp_path) as (on, waiting):
         await _reload(on, _policy(tokens=15))
         reply = await waiting
-        assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+        assert (reply.status, reply.error["code"]) == (400, "exceeds_quota")
         assert "allows 15 per day" in reply.error["message"]
 
 

@@ -107,5 +107,5 @@ async def test_the_error_for_an_unreachable_database(url: str, message: str) -> 
 async def test_the_error_for_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the extra to install."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
-    with pytest.raises(DatabaseUnusable, match=r"pip install 'llm-quota-proxy\[postgres\]'"):
+    with pytest.raises(DatabaseUnusable, match=r"pip install '\.\[postgres\]'"):
         await require_empty("postgresql://127.0.0.1:1/none")

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.config.loader import load
 from proxy.torture.plan import Plan
-from proxy.torture.process import NotStarted, ProxyProcess
+from proxy.torture.process import NotStarted, ProxyProcess, UpstreamSettings
 
 KEYS = ("sk-torture-0123456789abcdef-0", "sk-torture-0123456789abcdef-1")
 
@@ -21,7 +21,7 @@ KEYS = ("sk-torture-0123456789abcdef-0", "sk-torture-0123456789abcdef-1")
 async def proxy(tmp_path: Path) -> AsyncIterator[ProxyProcess]:
     """A proxy that is not started yet; nothing listens at its upstream's address."""
     plan = Plan(clients=2, users=2, limit=777, per="5s", shared=True, seconds=20)
-    proxy = ProxyProcess(tmp_path, plan, upstream="http://127.0.0.1:9/v1", upstream_key="sk-upstream", keys=KEYS)
+    proxy = ProxyProcess(tmp_path, plan, upstream=UpstreamSettings("http://127.0.0.1:9/v1", "sk-upstream"), keys=KEYS)
     yield proxy
     await proxy.kill()
 

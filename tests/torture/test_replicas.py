@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from proxy.torture.plan import Plan
-from proxy.torture.process import NotStarted, ProxyProcess
+from proxy.torture.process import NotStarted, ProxyProcess, UpstreamSettings
 from proxy.torture.replicas import NotRestarted, Replicas
 
 PLAN = Plan(clients=1, users=1, seconds=1, kill_every_s=0.02, pause_every_s=0, replicas=2)
@@ -16,7 +16,8 @@ class FakeProxy(ProxyProcess):
     """A replica without a process: each fault takes 10 ms and is noted."""
 
     def __init__(self, folder: Path, events: list[str], *, restarts: bool = True) -> None:
-        super().__init__(folder, PLAN, upstream="http://127.0.0.1:9/v1", upstream_key="sk-upstream", keys=("key",))
+        upstream = UpstreamSettings("http://127.0.0.1:9/v1", "sk-upstream")
+        super().__init__(folder, PLAN, upstream=upstream, keys=("key",))
         self.note: Path | None = None
         self._events = events
         self._restarts = restarts

@@ -1,8 +1,9 @@
 """The report as text and as JSON."""
 
 import json
+from dataclasses import replace
 
-from proxy.torture.report import Figure, Report
+from proxy.torture.report import Comparison, Figure, Report
 
 KEPT = Figure("lost", 0, "answers", True)
 BROKEN = Figure("overshoot", 1234, "tokens", False)
@@ -41,4 +42,32 @@ def test_the_json_has_every_figure() -> None:
             "overshoot": {"value": 1234, "kept": False, "note": "tokens"},
             "p99": {"value": None, "kept": None, "note": "ms"},
         },
+    }
+
+
+def test_a_comparison_has_a_column_for_each_run() -> None:
+    """The notes are those of the second run, which alone decides whether every promise was kept."""
+    alone = Report((Figure("calls", 7, "of the first"), BROKEN, Figure("p99", None, "ms")))
+    behind = Report((Figure("calls", 8, "of the second"), replace(BROKEN, value=0, is_kept=True), Figure("p99", 2.0)))
+    comparison = Comparison(alone, behind)
+    assert comparison.as_text().splitlines() == [
+        "                    alone                  behind",
+        "  calls                 7                       8          of the second",
+        "  overshoot         1,234  BROKEN               0  kept    tokens",
+        "  p99                   –                     2.0",
+        "",
+        "Alone: Broken: overshoot.",
+        "Behind this proxy: Every promise was kept.",
+    ]
+    assert comparison.is_kept
+    assert not Comparison(behind, alone).is_kept
+
+
+def test_the_json_of_a_comparison_has_both_reports() -> None:
+    """Under `alone` and `behind`, each as it is by itself."""
+    alone, behind = Report((BROKEN,)), Report((KEPT,))
+    assert json.loads(Comparison(alone, behind).as_json()) == {
+        "kept": True,
+        "alone": json.loads(alone.as_json()),
+        "behind": json.loads(behind.as_json()),
     }
