@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: measure all figures and print them."""
+"""The command `python -m benchmarks`: measure all figures, print them, and save them in `build/bench.json`."""
 
 import os
 import platform
@@ -9,11 +9,12 @@ import subprocess
 import time
 from importlib.metadata import version
 from math import inf
-from statistics import median
+
+import orjson
 
 from benchmarks import figures
 from benchmarks.figures import Figure
-from benchmarks.servers import nginx_command
+from benchmarks.servers import HERE, leave_first_core, nginx_command
 
 # 1,000 streams need two connections each in the proxy, one to the client and one to the upstream.
 _FILES_MIN = 4096
@@ -30,13 +31,18 @@ def main() -> None:
         print(f"Skipped: needs {_FILES_MIN} open files, and this shell allows {files} (ulimit -Hn).")
         return
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # inherited by the servers
+    leave_first_core()
     print(_machine())
-    print(_line("", "proxy", "rounds", "nginx", "ratio", "aim", "met"))
-    began = time.monotonic()
+    print(_line("", "proxy", "rounds", "relay", "nginx", "× relay", "× nginx", "aim", "met"))
+    began, found = time.monotonic(), []
     for measure in figures.ALL:
         for figure in measure():
+            found.append(figure)
             print(_row(figure), flush=True)
     print(f"Medians of {figures.ROUNDS} rounds (memory: one), in {time.monotonic() - began:.0f} s.")
+    saved = HERE / "build" / "bench.json"
+    saved.parent.mkdir(exist_ok=True)
+    saved.write_bytes(orjson.dumps({"machine": _machine(), "figures": found}, option=orjson.OPT_INDENT_2))
 
 
 def _machine() -> str:
@@ -50,13 +56,26 @@ def _machine() -> str:
 
 
 def _row(figure: Figure) -> str:
-    unit, aim = figure.unit, figure.aim
-    aim_text = "" if aim is None else f"< {aim.under:g} {'×' if aim.is_ratio else unit}"
-    met = {True: "yes", False: "no", None: ""}[figure.is_met]
-    rounds = f"{_number(min(figure.proxy))}–{_number(max(figure.proxy))}" if len(figure.proxy) > 1 else ""
-    proxy, nginx = (f"{_number(median(values))} {unit}" for values in (figure.proxy, figure.nginx))
-    ratio = "–" if figure.ratio == inf else f"{figure.ratio:.1f} ×"
-    return _line(figure.name, proxy, rounds, nginx, ratio, aim_text, met)
+    unit, aim, ours = figure.unit, figure.aim, figure.values["proxy"]
+    # The row beside a proxy that logs no calls has that one in the column of the relay.
+    beside = "silent" if "silent" in figure.values else "relay"
+    return _line(
+        figure.name,
+        _amount(figure.median("proxy"), unit),
+        f"{_number(min(ours))}–{_number(max(ours))}" if len(ours) > 1 else "",
+        *(_amount(figure.median(server), unit) for server in (beside, "nginx")),
+        *(_times(figure.ratio(server)) for server in (beside, "nginx")),
+        "" if aim is None else f"≤ {aim.under:g} {'× relay' if aim.is_ratio else unit}",
+        {True: "yes", False: "no", None: ""}[figure.is_met],
+    )
+
+
+def _amount(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{_number(value)} {unit}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else "–" if ratio == inf else f"{ratio:.2f} ×"
 
 
 def _number(value: float) -> str:
@@ -64,7 +83,7 @@ def _number(value: float) -> str:
 
 
 def _line(*cells: str) -> str:
-    widths = (38, 12, 14, 12, 10, 11, 5)
+    widths = (38, 11, 13, 11, 10, 9, 9, 13, 5)
     return "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 

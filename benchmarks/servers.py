@@ -1,9 +1,11 @@
-"""The servers that are measured: context managers that start an upstream, nginx or the proxy, and stop it at the end.
+"""The servers that are measured: context managers that start an upstream, nginx, the relay or the proxy, and stop it.
 
 All listen on loopback only. nginx runs with its own configuration in a temporary folder, never as the system's
-service.
+service. Where there are two cores or more, the server that is measured has the first one for itself, and everything
+else the others, so that the load does not take time from it.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -16,7 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 KEY = "sk-bench-0123456789abcdefghijklmn"
-_START_WITHIN_S = 20
+# The source of this benchmark: the proxy that is measured if no other one is named.
+HERE = Path(__file__).parent.parent
+_CORES = os.sched_getaffinity(0)
+_START_WITHIN_S = 60
 _STOP_WITHIN_S = 40
 
 _ANSWER = (
@@ -49,9 +54,10 @@ _FORWARD = """
     }}
 """
 
-_POLICY = """
-server: {{api: "127.0.0.1:{port}", admin: null}}
+POLICY = """
+server: {{api: "127.0.0.1:{port}", admin: null, shutdown_delay: 0s}}
 database: "sqlite:///{folder}/quotas.db"
+log: {{calls: {logged_calls}}}
 upstreams:
   upstream: {{base_url: "http://127.0.0.1:{upstream}/v1", api_key: sk-upstream, kind: openai}}
 models:
@@ -101,7 +107,7 @@ def nginx_command() -> str | None:
 @contextmanager
 def whole_upstream(folder: Path) -> Iterator[Server]:
     """An upstream that answers every call with the same short JSON: nginx, because nothing costs less."""
-    port = _free_port()
+    port = free_port()
     with _nginx(folder / "upstream", _RETURN.format(port=port, answer=_ANSWER), port) as server:
         yield server
 
@@ -109,7 +115,7 @@ def whole_upstream(folder: Path) -> Iterator[Server]:
 @contextmanager
 def stream_upstream(tokens_per_s: float, tokens: int) -> Iterator[Server]:
     """An upstream that streams `tokens` tokens at this speed to every call."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.upstream", str(port), str(tokens_per_s), str(tokens)]
     with _running(command, port) as server:
         yield server
@@ -118,34 +124,65 @@ def stream_upstream(tokens_per_s: float, tokens: int) -> Iterator[Server]:
 @contextmanager
 def nginx(folder: Path, upstream: Server) -> Iterator[Server]:
     """Nginx as a plain reverse proxy in front of `upstream`."""
-    port = _free_port()
-    with _nginx(folder / "nginx", _FORWARD.format(port=port, upstream=upstream.port), port) as server:
-        yield server
-
-
-@contextmanager
-def proxy(folder: Path, upstream: Server) -> Iterator[Server]:
-    """The proxy in front of `upstream`, as `serve` runs it: one user, two exact quotas that are never used up."""
-    port, config = _free_port(), folder / "quotas.yaml"
-    config.write_text(_POLICY.format(port=port, folder=folder, upstream=upstream.port, key=KEY))
-    with _running([sys.executable, "-m", "proxy", "serve", "--config", str(config)], port) as server:
-        yield server
-
-
-@contextmanager
-def _nginx(folder: Path, server: str, port: int) -> Iterator[Server]:
-    folder.mkdir()
-    (folder / "nginx.conf").write_text(_NGINX.format(server=server, temporary=_TEMPORARY))
-    command = nginx_command()
-    assert command is not None, "the command checks that nginx is installed"
-    with _running([command, "-e", "stderr", "-p", f"{folder}/", "-c", "nginx.conf"], port) as running:
+    port = free_port()
+    server = _FORWARD.format(port=port, upstream=upstream.port)
+    with _nginx(folder / "nginx", server, port, is_measured=True) as running:
         yield running
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[Server]:
+def relay(upstream: Server) -> Iterator[Server]:
+    """The ten-line relay of `benchmarks.relay` in front of `upstream`."""
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.relay", str(port), str(upstream.port)]
+    with _running(command, port, is_measured=True) as server:
+        yield server
+
+
+@contextmanager
+def proxy(
+    folder: Path, upstream: Server, *, policy: str = POLICY, source: Path = HERE, **values: object
+) -> Iterator[Server]:
+    """The proxy in front of `upstream`, as `serve` runs it: one user, two exact quotas that are never used up.
+
+    Another `policy` is formatted with the same values, and with more of them if they are given. `logged_calls` says
+    which calls it logs, into a file: all by default. `source` is the folder with the package `proxy` to run.
+    """
+    port, config = free_port(), folder / "quotas.yaml"
+    usual = {"port": port, "folder": folder, "upstream": upstream.port, "key": KEY, "logged_calls": "all"}
+    config.write_text(policy.format(**{**usual, **values}))
+    command = [sys.executable, "-m", "proxy", "serve", "--config", str(config)]
+    with _running(command, port, is_measured=True, source=source) as server:
+        yield server
+
+
+@contextmanager
+def _nginx(folder: Path, server: str, port: int, *, is_measured: bool = False) -> Iterator[Server]:
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(_NGINX.format(server=server, temporary=_TEMPORARY))
+    command = nginx_command()
+    assert command is not None, "the command checks that nginx is installed"
+    command_line = [command, "-e", "stderr", "-p", f"{folder}/", "-c", "nginx.conf"]
+    with _running(command_line, port, is_measured=is_measured) as running:
+        yield running
+
+
+def leave_first_core() -> None:
+    """Leave the first core to the server that is measured. The programs that this process starts do so too."""
+    if len(_CORES) > 1:
+        os.sched_setaffinity(0, _CORES - {min(_CORES)})
+
+
+def _take_first_core() -> None:
+    os.sched_setaffinity(0, {min(_CORES)})
+
+
+@contextmanager
+def _running(command: list[str], port: int, *, is_measured: bool = False, source: Path = HERE) -> Iterator[Server]:
     with TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=source, stdout=log, stderr=log, preexec_fn=_take_first_core if is_measured else None
+        )
         try:
             if not _listens(process, port):
                 log.seek(0)
@@ -175,7 +212,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -251,7 +251,7 @@ def main() -> None:
     tokens = Tokenizers(table_folders(os.environ))
     tokens.load([_ENCODING])
     if not tokens.is_loaded(_ENCODING):
-        print(f"Skipped: there is no table for {_ENCODING} (pip install 'llm-quota-proxy[offline]').")
+        print(f"Skipped: there is no table for {_ENCODING} (pip install '.[offline]').")
         return
     libraries = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "uvloop"))
     print(

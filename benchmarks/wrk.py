@@ -22,12 +22,27 @@ class Load:
     p99_us: int
 
 
-def short_calls(port: int, *, connections: int, seconds: int) -> Load:
-    """Make short calls, one after the other on each connection; exit with an error if one fails."""
-    command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", f"--script={_CALL}"]
+def short_calls(
+    port: int, *, connections: int, seconds: int, keys: Path | None = None, first: int = 0, prompt_bytes: int = 0
+) -> Load:
+    """Make calls with a short answer, one after the other on each connection; exit with an error if one fails.
+
+    The prompt is short too, or a conversation of about `prompt_bytes` bytes.
+
+    Each call has the next key of the file `keys`, which has one in each line, and after the last one again the first.
+    `first` is the number of the first call's key. Without the file all calls have the same key.
+    """
+    # An answer that takes longer than the timeout counts as failed. The default of 2 s is short on a busy machine.
+    command = ["wrk", "--threads=1", "--timeout=20s", f"--script={_CALL}"]
+    command += [f"--connections={connections}", f"--duration={seconds}s"]
     printed = subprocess.run(
         [*command, f"http://127.0.0.1:{port}/v1/chat/completions"],
-        env={**os.environ, "BENCH_KEY": KEY},
+        env={
+            **os.environ,
+            "BENCH_KEY": KEY,
+            "BENCH_PROMPT_BYTES": str(prompt_bytes),
+            **({"BENCH_KEYS": str(keys), "BENCH_FIRST": str(first)} if keys else {}),
+        },
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
