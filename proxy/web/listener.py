@@ -90,9 +90,7 @@ class Listener(web.AppRunner):
         super().__init__(
             application,
             access_log=None,
-            # Cancels the handler as soon as its client disconnects, also while nothing is being written. A handler
-            # only waits for its call, which runs in a task of its own and is not cancelled.
-            handler_cancellation=True,
+            handler_cancellation=False,  # `Connection` cancels handlers, but not those that want to be told
             keepalive_timeout=limits.idle_s,
             max_field_size=_LINE_BYTES_MAX,
             max_line_size=_LINE_BYTES_MAX,
@@ -272,7 +270,8 @@ def _address_of(peername: Any) -> str | None:
 class Connection(web.RequestHandler):
     """One connection, which parses heads and rejects a client that exceeds a limit.
 
-    `has_key` says that a valid key is known, as the module's docstring defines it.
+    `has_key` says that a valid key is known, as the module's docstring defines it. `on_lost` is called when the
+    connection is lost; while it is None, the handler is cancelled.
 
     A head has `head_s` seconds from its first byte to its last, however many packets it takes. A client that sends
     `GET / HT` at 12:00:00 and one byte every second after that is rejected at 12:00:10, with the default of 10 s.
@@ -280,7 +279,7 @@ class Connection(web.RequestHandler):
 
     __slots__ = (
         *("_connections", "_limits", "_places", "_transport"),
-        *("_answers", "has_key"),
+        *("_answers", "has_key", "on_lost"),
         *("_head_bytes", "_head_deadline"),
         *("_reading_deadline", "_unread_bytes"),
     )
@@ -293,6 +292,7 @@ class Connection(web.RequestHandler):
         # The library forgets its `transport` when it closes the connection, also while data waits to be read.
         self._transport: asyncio.Transport | None = None
         self.has_key = False
+        self.on_lost: Callable[[], object] | None = None
         self._answers = 0
         self._head_bytes = 0
         self._head_deadline: asyncio.TimerHandle | None = None
@@ -314,12 +314,18 @@ class Connection(web.RequestHandler):
             self._reject(TooManyConnections())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection was closed."""
+        """The connection was closed. Tell the handler, or cancel it, also while nothing is being written."""
         self._connections.closed(self)
         self._leave()
         self._stop_watching()
         self._transport = None
+        # Taken from the library, which would count the connection as open until the handler has ended.
+        handler, self._task_handler = self._task_handler, None
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+        elif handler is not None:
+            handler.cancel()
 
     @property
     def has_unread_answer(self) -> bool:
@@ -517,6 +523,12 @@ def note_valid_key(request: web.Request) -> None:
     """Tell the connection of this request that the request has a valid key."""
     if isinstance(request.protocol, Connection):  # None if the client has left
         request.protocol.note_valid_key()
+
+
+def when_lost(request: web.Request, notify: Callable[[], object] | None) -> None:
+    """Call this when the connection of this request is lost, and do not cancel its handler; None cancels it again."""
+    if isinstance(request.protocol, Connection):  # None if the client has left
+        request.protocol.on_lost = notify
 
 
 def _as_bytes(error: ProxyError, id: str) -> bytes:

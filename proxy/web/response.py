@@ -1,9 +1,8 @@
 """Writes the answer of one request to its client, and notices that the client has disconnected.
 
-The handler of a request only waits for its call, which runs in a task of its own. When the client closes the
-connection, the server library cancels the handler at once, also while nothing is being written, and the handler calls
-`note_disconnect`. The call reads `is_disconnected`, or is notified through `on_disconnected`. Writing to a
-client that has disconnected does nothing.
+When the client closes the connection, the listener calls `note_disconnect` at once, also while nothing is being
+written. The call reads `is_disconnected`, or is notified through `on_disconnected`. Writing to a client that has
+disconnected does nothing.
 """
 
 import asyncio

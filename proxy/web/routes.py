@@ -4,11 +4,10 @@ A request passes these steps in order:
 
 1. It gets its id, and the middlewares of CORS, errors and validation see it.
 2. `_metered_call` identifies the user by the key, then reads and parses the body.
-3. `_answer` starts the call in a task of its own and waits for it. The task belongs to `calls` and not to the
-   request, because it has to settle the call also when the client has disconnected.
+3. `_answer` runs the call to its settlement.
 
-If the client disconnects, the server library cancels the handler. The handler records that and ends; the call goes on
-or stops as the policy says (see `calls.disconnect`).
+If the client disconnects, `listener` cancels the handler, but not while the call runs: then the call is told, and
+goes on or stops as the policy says (see `calls.disconnect`).
 """
 
 import asyncio
@@ -60,7 +59,7 @@ from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
 from proxy.web.events import Events
 from proxy.web.health import HEALTH_PATHS, Health
-from proxy.web.listener import note_valid_key
+from proxy.web.listener import note_valid_key, when_lost
 from proxy.web.middleware import (
     IS_OUTSIDE_PREFIX,
     LOG_LINE,
@@ -148,7 +147,7 @@ class Api:
             log.warning("calls were ended by an administrator", requests=len(chosen))
 
     def application(self, health: Health, events: Events) -> web.Application:
-        """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""
+        """The application, with the paths of `health`. It has to be served by a `Listener`."""
         self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
         application = web.Application(
             middlewares=[
@@ -284,7 +283,7 @@ class Api:
             except BaseException:
                 spool.close()
                 raise
-            return await self._answer(call, client, renew)
+            return await self._answer(call, client, renew, request)
         # The same holds for the share of the memory for bodies. The call gives it back when its body is freed.
         try:
             body = await read_body(request, self._limits, share)
@@ -302,7 +301,7 @@ class Api:
         except BaseException:
             share.free()
             raise
-        return await self._answer(call, client, renew)
+        return await self._answer(call, client, renew, request)
 
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
@@ -320,32 +319,20 @@ class Api:
         assert client.response is not None, "forward() answers or raises"
         return client.response
 
-    async def _answer(self, call: Call, client: WebResponder, renew: Renew) -> web.StreamResponse:
-        """Run the call in a task of its own and return its response. Raises the ProxyError with which it ended."""
-        client.line.is_call = True
-        task = self.calls.start("call", self._run_call(call, client, renew))
-        try:
-            error = await asyncio.shield(task)
-        except asyncio.CancelledError:  # the client has disconnected; the call goes on
-            client.note_disconnect()
-            raise
-        if error is not None:
-            raise error
-        assert client.response is not None, "a call without an error has been answered"
-        return client.response
+    async def _answer(
+        self, call: Call, client: WebResponder, renew: Renew, request: web.Request
+    ) -> web.StreamResponse:
+        """Run the call to its settlement, and log it. Returns its response, or raises the error for its client.
 
-    async def _run_call(self, call: Call, client: WebResponder, renew: Renew) -> ProxyError | None:
-        """Run the call to its settlement, and log it. Returns the error that its client is to get.
-
-        The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
-        would be logged as a failed task. It is returned without its frames, which have the body of the request.
+        While it runs, a client that disconnects does not cancel this task: the call is told, and decides.
         """
         line = client.line
-        self._running[client.id].call = asyncio.current_task()
+        line.is_call = True
+        self._running[client.id].call = self.calls.enter()
+        when_lost(request, client.note_disconnect)
         try:
             await self._relay.carry(call, renew)
         except ProxyError as error:
-            drop_frames(error)
             line.error = error
         except Exception as error:
             log.error("a call failed", exc_info=error, request=client.id)
@@ -354,16 +341,20 @@ class Api:
             if client.has_begun:
                 client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
+            when_lost(request, None)
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
+            self.calls.leave()
             del self._running[client.id]
             self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
             if line.model == OTHER and line.outcome == "complete":
                 # It may be one that an upstream lists. Then the line of the next call for it has its name.
                 for target in call.model.targets:
                     self._model_lists.refresh(target.upstream)
-        return None if client.has_begun else line.error
+        if client.response is not None:
+            return client.response
+        raise line.error or ClientLeft  # without an answer and without an error, the client has disconnected
 
     async def _models(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
