@@ -30,7 +30,7 @@ version.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from itertools import islice
@@ -47,7 +47,7 @@ from proxy.formats.strict_json import dump
 from proxy.identity.client_address import shared_address
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.upstreams.network import keep_alive
-from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, error_response
+from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, Handler, error_response
 from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
@@ -81,11 +81,18 @@ log = structlog.get_logger("listener")
 class Listener(web.AppRunner):
     """Serves an application with the limits of its connections. What it refuses by itself is in `request_log`.
 
-    The application gets paths without `prefix`, and those that do not begin with it marked `IS_OUTSIDE_PREFIX`.
+    Paths are given without `prefix`, and those that do not begin with it marked `IS_OUTSIDE_PREFIX`. `serve` answers
+    each request and may call the application, which it gets as its first argument; None: the application answers.
     """
 
     def __init__(
-        self, application: web.Application, limits: ConnectionLimits, *, request_log: RequestLog, prefix: str = ""
+        self,
+        application: web.Application,
+        limits: ConnectionLimits,
+        *,
+        request_log: RequestLog,
+        prefix: str = "",
+        serve: Callable[[Handler, web.Request], Awaitable[web.StreamResponse]] | None = None,
     ) -> None:
         super().__init__(
             application,
@@ -101,6 +108,7 @@ class Listener(web.AppRunner):
         self._limits = limits
         self._request_log = request_log
         self._prefix = prefix
+        self._serve = serve
 
     async def stop_accepting(self) -> None:
         """Accept no more connections. Those that are open stay."""
@@ -121,7 +129,7 @@ class Listener(web.AppRunner):
         made = await super()._make_server()
         factory = made.request_factory
         return _Connections(
-            made.request_handler,
+            made.request_handler if self._serve is None else partial(self._serve, made.request_handler),
             request_factory=partial(_request_below, self._prefix, factory) if self._prefix else factory,
             handler_cancellation=made.handler_cancellation,
             limits=self._limits,

@@ -772,7 +772,7 @@ INTERNALS = {
 
 # What listener.py adds to aiohttp's classes.
 ADDED = {
-    web.AppRunner: ["_limits", "_prefix", "_request_log", "all_answered", "stop_accepting"],
+    web.AppRunner: ["_limits", "_prefix", "_request_log", "_serve", "all_answered", "stop_accepting"],
     web.Server: [
         *("limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"),
         *("opened", "closed", "all_answered", "is_closing", "_open", "_all_closed"),
