@@ -367,7 +367,10 @@ class Meter(ABC):
 
     def _count_texts(self, part: object) -> None:
         """Keep the texts in a piece of the answer, to be counted as at least one token if there is any text."""
-        texts = [*texts_in(part)]
+        self._keep([*texts_in(part)])
+
+    def _keep(self, texts: list[str]) -> None:
+        """Keep the texts of one piece, none of which is empty."""
         if texts:
             self._pieces.append(texts)
             self._pieces_bytes += sum(map(_bytes_at_most, texts))
