@@ -3,7 +3,7 @@
 Each row is one body: parse it, check it against the table of refusals and against a policy that allows nothing, and
 find what the model reads of it. All of that happens on the event loop, before admission. The times are processor
 times of one thread, the least of many rounds. `compact` is the JSON that the SDKs of OpenAI and Anthropic write;
-`spaced` is what Python's `json.dumps` writes by default, which takes the strict parser.
+`spaced` is what Python's `json.dumps` writes by default.
 """
 
 import json

@@ -424,8 +424,7 @@ class Activity:
 
 def _level(status: QuotaStatus) -> int:
     """The highest of LEVELS that a limit of the quota has reached; 0: none. A limit of 0 is a switch."""
-    used = status.counter.used
-    percents = (100 * used.of(each.measure) // each.maximum for each in status.quota.window_limits if each.maximum)
+    percents = [100 * use.used // use.limit.maximum for use in status.uses if use.limit.maximum]
     percent = max(percents, default=0)
     return next((level for level in LEVELS if percent >= level), 0)
 

@@ -127,7 +127,7 @@ class Call:
     @property
     def adds_usage(self) -> bool:
         """Whether we add an option to the request to get the usage of its stream."""
-        return self.request.adds_usage or self.request.adds_running_usage(self.model.upstream.kind)
+        return self.request.adds_usage or self.model.upstream.kind in self.request.adds_running_usage
 
     @property
     def extend_wait_s(self) -> float:
@@ -223,7 +223,7 @@ class Call:
 
     def without_usage_option(self) -> "Call":
         """The same call without the option that asks for the usage of its stream."""
-        return replace(self, request=replace(self.request, is_option_withheld=True))
+        return replace(self, request=self.request.without_usage_option())
 
     def headers(self) -> dict[str, str]:
         """The headers to send, without our key."""
@@ -333,7 +333,7 @@ def prepare_call(
     if not catalog.lists(model.name):
         check_model_name(request.model)
     _check_surface(request, model)
-    negative = negative_maxima(request.endpoint, request.document)
+    negative = negative_maxima(request.endpoint, request.body.document)
     for target in model.targets:
         if negative:
             check_negative_maxima(negative, kind_of(target.upstream.kind), model=request.model)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import RequestBody, is_run_by_client, offered_tools
+from proxy.formats.body import RequestBody, is_run_by_client
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.restrictions import MEMBERS_OF_ITEMS, SHOWN_CHARACTERS, STORED, is_used
 from proxy.formats.strict_json import plain_name, walk
@@ -36,13 +36,16 @@ _TOOL_MEMBERS = {
         "google_search_retrieval mcp retrieval url_context web_browser web_fetch web_search x_search"
     ).split()
 }
+# Keys of tools that are no spelling of those. Nearly all tools have no others.
+_KEYS_OF_TOOLS = frozenset("type function name description parameters strict input_schema cache_control".split())
 
 
 def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:
     """Raise InvalidRequest if a call uses something that is not allowed for its model."""
     document = body.document
-    for tool in offered_tools(body):
-        _refuse_other_case(tool)
+    for tool in body.tools:
+        if not (isinstance(tool, dict) and _KEYS_OF_TOOLS.issuperset(tool)):
+            _refuse_other_case(tool)
         if not _runs_at_client(tool, endpoint):
             _check_tool(tool, allow)
         for type_ in _tools_inside(tool):
@@ -61,7 +64,7 @@ def has_effects(endpoint: Endpoint, body: RequestBody) -> bool:
     """Whether a call does more at its upstream than to generate an answer: it has tools run there, or stores it."""
     document = body.document
     return (
-        any(not _runs_at_client(tool, endpoint) or any(_tools_inside(tool)) for tool in offered_tools(body))
+        any(not _runs_at_client(tool, endpoint) or any(_tools_inside(tool)) for tool in body.tools)
         or is_used(document.get("web_search_options"))
         or is_used(document.get("store"))
     )
@@ -80,7 +83,7 @@ def _tools_inside(tool: object) -> Iterable[str]:
     """
     if not isinstance(tool, dict):
         return
-    for name, value in tool.items():
+    for name, value in () if _KEYS_OF_TOOLS.issuperset(tool) else tool.items():
         type_ = _TOOL_MEMBERS.get(plain_name(name))
         if type_ is not None and is_used(value) and type_ != tool.get("type"):
             yield type_
@@ -106,8 +109,8 @@ def _check_tool(tool: object, allow: Allow) -> None:
         text = 'Each tool must be an object with a "type", such as "function".'
         raise InvalidRequest(text, param="tools", code="unsupported_parameter")
     _check_type(tool["type"], allow, param="tools")
-    # The tools of a group are checked one by one (`offered_tools`). They are left out here, because the parameters of
-    # a function may have any name, such as "file_id".
+    # The tools of a group are checked one by one (`RequestBody.tools`). They are left out here, because the
+    # parameters of a function may have any name, such as "file_id".
     own = {name: value for name, value in tool.items() if name != "tools"}
     for value in walk(own):
         if isinstance(value, dict):

@@ -10,18 +10,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.formats.strict_json import DEPTH_MAX, INTEGERS_MAX
+
 # Fields whose values are messages or items, and on some endpoints texts or lists of token numbers.
 _TURN_FIELDS = ("messages", "input")
 # Other fields in which content may be: texts, parts, and images.
-_CONTENT_FIELDS = tuple(
+_CONTENT_FIELDS = frozenset(
     "system instructions prompt image images mask attachments documents file files image_url reference_images".split()
 )
 # Members of turns and parts below which nothing is content: see `content_objects`.
 _NO_CONTENT = frozenset(
     "arguments input parameters input_schema tools annotations citations results outputs action logprobs".split()
 )
+# The longest name of a role that has a meaning here: `developer`.
+ROLE_MAX = 9
 # Members of which each tool has at least one.
 _TOOL_MEMBERS = frozenset(("type", "name", "function"))
+# Values below which there may be others, and those that may be rounded integers.
+_NESTED_OR_FLOAT = frozenset((dict, list, float))
 # Tools that the client runs. None: some servers do not require a type.
 _CLIENT_TOOL_TYPES = ("function", "custom", None)
 
@@ -35,46 +41,69 @@ class Turns:
 
     `reading` has the texts of plain turns and every other turn as it is, in the order of the list. `unusual` are
     these other turns, `plain` is the number of plain ones. The role of a plain turn comes before its text, in
-    whatever order the client wrote them, which makes no difference to the number of tokens:
+    whatever order the client wrote them, which makes no difference to the number of tokens. `roles` are the roles of
+    plain turns, and the first ROLE_MAX + 1 characters of texts that are turns themselves:
 
         [{"role": "user", "content": "Hi"}, {"role": "user", "content": [{…}]}]
-        → reading ["user", "Hi", {…}], unusual [{…}], plain 1
+        → reading ["user", "Hi", {…}], unusual [{…}], plain 1, roles {"user"}
     """
 
     reading: list[object]
     unusual: list[object]
     plain: int
+    roles: set[str]
 
 
 class RequestBody:
     """The parsed body of one request. It is freed as soon as the upstream has answered.
 
     Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
-    Everything that is needed afterwards is a field of `Request`. `cost` says how much work it is to read
-    (`strict_json.reading_cost`); 0 for a form, which has only a few fields.
+    Everything that is needed afterwards is a field of `Request`. None of these attributes may be read then:
+
+    - `document`: the JSON object, or the fields of a form by name.
+    - `turns`: those of `messages` and of `input`, for those of the two that are lists.
+    - `unusual`: all messages and items that are not plain: in a list, in a list within it, or alone.
+    - `tools`: what the request offers to the model, see `_offered_tools`.
+    - `is_too_deep`: it is nested more than DEPTH_MAX levels deep.
+    - `has_large_floats`: one of its floats may have been an integer beyond 64 bits, see `strict_json.parse_object`.
+
+    `cost` says how much work it is to read (`strict_json.reading_cost`); 0 for a form, which has only a few fields.
     """
 
-    __slots__ = ("_document", "_on_freed", "_turns", "cost")
+    __slots__ = ("_on_freed", "cost", "document", "has_large_floats", "is_too_deep", "tools", "turns", "unusual")
 
     def __init__(self, document: Mapping[str, Any], *, cost: int = 0) -> None:
         self.cost = cost
-        self._document: Mapping[str, Any] | None = document
-        self._turns: dict[str, Turns] | None = None
+        self.document = document
+        self.turns: Mapping[str, Turns] = {
+            name: _walk_turns(turns) for name in _TURN_FIELDS if type(turns := document.get(name)) is list
+        }
+        self.unusual = unusual_turns(self, _TURN_FIELDS)
+        self.tools = _offered_tools(document, self.unusual)
         self._on_freed: Callable[[], object] | None = None
+        self._survey()
 
-    @property
-    def document(self) -> Mapping[str, Any]:
-        """The JSON object, or the fields of a form by name. Must not be read after `free`."""
-        assert self._document is not None, "the body was freed when the upstream answered"
-        return self._document
-
-    @property
-    def turns(self) -> Mapping[str, Turns]:
-        """The turns of `messages` and of `input`, for those of the two that are lists. They are walked over once."""
-        if self._turns is None:
-            lists = ((name, self.document.get(name)) for name in _TURN_FIELDS)
-            self._turns = {name: _walk_turns(value) for name, value in lists if isinstance(value, list)}
-        return self._turns
+    def _survey(self) -> None:
+        """Look at all values except those of plain turns, level by level, so that no depth overflows the stack."""
+        self.is_too_deep = self.has_large_floats = False
+        turns = self.turns
+        # The body is level 1. A list of turns is level 2, and its turns are level 3.
+        level = [value for name, value in self.document.items() if name not in turns]
+        below: list[Any] = [turn for field in turns.values() for turn in field.unusual]
+        for _ in range(DEPTH_MAX - 1):
+            nested = [value for value in level if type(value) is dict or type(value) is list]
+            if len(nested) < len(level):
+                self.has_large_floats |= any(type(each) is float and abs(each) >= INTEGERS_MAX for each in level)
+            level = below + [
+                child
+                for value in nested
+                for child in (value.values() if type(value) is dict else value)
+                if type(child) in _NESTED_OR_FLOAT
+            ]
+            if not level:
+                return
+            below = []
+        self.is_too_deep = any(type(value) is not float for value in level)
 
     def when_freed(self, notify: Callable[[], object]) -> None:
         """Call `notify` when the body is freed for the first time."""
@@ -82,7 +111,8 @@ class RequestBody:
 
     def free(self) -> None:
         """Drop the parsed body."""
-        self._document = self._turns = None
+        if hasattr(self, "document"):
+            del self.document, self.turns, self.unusual, self.tools
         notify, self._on_freed = self._on_freed, None
         if notify is not None:
             notify()
@@ -91,6 +121,7 @@ class RequestBody:
 def _walk_turns(turns: list[Any]) -> Turns:
     reading: list[object] = []
     unusual: list[object] = []
+    roles: set[str] = set()
     append, plain = reading.append, 0
     # Written for speed, because conversations have hundreds of turns: types of JSON values have no subclasses, so
     # `type` does for `isinstance`, and `get` takes half the time of unpacking `values()`.
@@ -105,14 +136,16 @@ def _walk_turns(turns: list[Any]) -> Turns:
         ):
             append(role)
             append(text)
+            roles.add(role)
             plain += 1
         elif type(turn) is str:
             if turn:
                 append(turn)
+                roles.add(turn[: ROLE_MAX + 1])
         else:
             append(turn)
             unusual.append(turn)
-    return Turns(reading, unusual, plain)
+    return Turns(reading, unusual, plain, roles)
 
 
 def content_objects(body: RequestBody) -> list[dict[str, Any]]:
@@ -122,8 +155,8 @@ def content_objects(body: RequestBody) -> list[dict[str, Any]]:
     name and spelling. Left out are members with names of the user's own, such as the arguments of a function, and
     those that only repeat what the upstream once said, such as citations.
     """
-    found: list[dict[str, Any]] = unusual_turns(body)
-    lists: list[list[Any]] = [[body.document.get(name) for name in _CONTENT_FIELDS]]
+    found: list[dict[str, Any]] = body.unusual[:]
+    lists: list[list[Any]] = [[value for name, value in body.document.items() if name in _CONTENT_FIELDS]]
     read = 0
     while lists or read < len(found):  # not recursive, so no depth overflows the stack
         while lists:
@@ -142,7 +175,7 @@ def content_objects(body: RequestBody) -> list[dict[str, Any]]:
     return found
 
 
-def unusual_turns(body: RequestBody, names: Iterable[str] = _TURN_FIELDS) -> list[dict[str, Any]]:
+def unusual_turns(body: RequestBody, names: Iterable[str]) -> list[dict[str, Any]]:
     """The messages and items of these fields that are not plain: in a list, in a list within it, or alone."""
     turns, document = body.turns, body.document
     found: list[dict[str, Any]] = []
@@ -157,17 +190,19 @@ def unusual_turns(body: RequestBody, names: Iterable[str] = _TURN_FIELDS) -> lis
     return found
 
 
-def offered_tools(body: RequestBody) -> list[Any]:
+def _offered_tools(document: Mapping[str, Any], turns: Iterable[dict[str, Any]]) -> list[Any]:
     """The tools that a request offers to the model: in `tools`, in items and messages, and in groups.
 
     A tool that is not in a list is one too.
     """
-    tools = _tools_in(body.document.get("tools"))
-    for turn in unusual_turns(body):
+    tools = _tools_in(document.get("tools"))
+    for turn in turns:
         # `mcp_list_tools` only repeats what an MCP server once listed.
-        tools += _tools_in(turn.get("tools")) if turn.get("type") != "mcp_list_tools" else ()
+        if "tools" in turn and turn.get("type") != "mcp_list_tools":
+            tools += _tools_in(turn["tools"])
     for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
-        tools += _tools_in(_get(tool, "tools"))
+        if type(tool) is dict and "tools" in tool:
+            tools += _tools_in(tool["tools"])
     return tools
 
 

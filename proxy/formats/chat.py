@@ -69,7 +69,7 @@ class ChatMeter(Meter):
         super().__init__(request, count=count, kind=kind)
         running_usage = kind_of(kind).running_usage
         self._states_first_choice_only = kind_of(kind).states_first_choice_only
-        self._stripped_running_usage = running_usage if request.adds_running_usage(kind) else None
+        self._stripped_running_usage = running_usage if kind in request.adds_running_usage else None
         self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts
         # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from proxy.formats.body import RequestBody, Turns, is_run_by_client, offered_tools
+from proxy.formats.body import RequestBody, Turns, is_run_by_client
 from proxy.formats.images import base64_start, image_price, image_size, price_by_area
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
 from proxy.formats.strict_json import dump, plain_name, walk
@@ -61,16 +61,16 @@ _PER_PAIR = 4
 _KEY_CHARACTERS_MAX = 40
 # Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
 # tokens; vLLM's other two fields set the size of images and the number of video frames.
-_HIDDEN_INPUT_FIELDS = (
-    "conversation",
-    "web_search_options",
-    "chat_template",
-    "mm_processor_kwargs",
-    "media_io_kwargs",
+_HIDDEN_INPUT_FIELDS = frozenset(
+    "conversation web_search_options chat_template mm_processor_kwargs media_io_kwargs".split()
 )
 # Messages, and items of /responses. An id of a tool call is read: some chat templates print it.
 _CONTENT_FIELDS = ("content", "output")
 _MESSAGE_FIELDS_NOT_READ = ("type", "id", "status")
+# Members of messages and items that are no spelling of those.
+_USUAL_MESSAGE_FIELDS = frozenset("role name tool_calls tool_call_id call_id arguments refusal summary phase".split())
+# The members of a part that is plain text.
+_KEYS_OF_TEXTS = {"type", "text"}
 # A message without a type and without any of these has nothing but an id: it refers to a stored one.
 _MESSAGE_BODY_FIELDS = frozenset(("content", "tool_calls", "function_call", "refusal"))
 
@@ -151,10 +151,10 @@ def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
     for name in _TEXT_FIELDS:
         if name in turns:
             reader.read_turns(turns[name])
-        else:
-            reader.read_field(document.get(name), is_chat=is_chat)
+        elif name in document:
+            reader.read_field(document[name], is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
-    if any(isinstance(tool, dict) and "input_schema" in tool for tool in offered_tools(body)):
+    if any(isinstance(tool, dict) and "input_schema" in tool for tool in body.tools):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
     for name, value in document.items():
         if name not in _NOT_PRINTED:
@@ -252,11 +252,13 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
 def _has_hidden_input(body: RequestBody) -> bool:
     """Whether a field or a tool makes the model read something that the request does not show."""
     document = body.document
-    if any(document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS):
+    if not _HIDDEN_INPUT_FIELDS.isdisjoint(document) and any(
+        document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS
+    ):
         return True
     if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
         return True
-    return not all(map(is_run_by_client, offered_tools(body)))
+    return not all(map(is_run_by_client, body.tools))
 
 
 class _PromptReader:
@@ -327,6 +329,8 @@ class _PromptReader:
             if value:
                 self.texts.append(value)
             return
+        if not value:
+            return
         for inner in walk(value, _printed_members):
             if isinstance(inner, str):
                 if inner:
@@ -364,14 +368,18 @@ class _PromptReader:
             if key in _CONTENT_FIELDS:
                 if isinstance(value, list):
                     for part in value:
-                        self._read_part(part)
+                        if type(part) is dict and part.get("type") == "text" and part.keys() == _KEYS_OF_TEXTS:
+                            self.add_texts(part["text"])  # most parts, without a closer look
+                        else:
+                            self._read_part(part)
                 else:
                     self._read_part(value)
             elif key == "encrypted_content":
                 self._add_encoded(value)
             elif key not in _MESSAGE_FIELDS_NOT_READ:
                 self.add_texts(_as_printed(key, value))
-                self.has_hidden_input |= plain_name(key) in _CONTENT_FIELDS  # `Content`, which some servers read
+                if key not in _USUAL_MESSAGE_FIELDS:  # `Content`, which some servers read
+                    self.has_hidden_input |= plain_name(key) in _CONTENT_FIELDS
 
     def _read_part(self, part: object) -> None:
         kind = _part_type(part) if isinstance(part, dict) else None
@@ -379,12 +387,8 @@ class _PromptReader:
             self.add_texts(part)
             self.has_hidden_input |= isinstance(part, list)
         elif not _is_special(kind):
-            text = part.get("text")
-            if len(part) == 2 and "type" in part and isinstance(text, str):  # most parts, without a walk
-                self.add_texts(text)
-            else:
-                self.add_texts(part)
-                self.has_hidden_input |= any(_is_other_spelling(key) for key in part)
+            self.add_texts(part)
+            self.has_hidden_input |= any(_is_other_spelling(key) for key in part)
         elif kind in _IMAGE_TYPES:
             self._read_image(part)
         elif kind in _AUDIO_TYPES:
@@ -527,7 +531,7 @@ def _as_list(value: object) -> list[Any]:
 
 
 def _integers_in(value: list[Any]) -> int:
-    return sum(type(inner) is int for inner in value)  # not isinstance: true and false are no tokens
+    return list(map(type, value)).count(int)  # not isinstance: true and false are no tokens
 
 
 def _characters_in(value: object) -> int:

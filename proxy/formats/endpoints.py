@@ -10,7 +10,7 @@ Sources: the published API descriptions of both vendors, and the paths in their 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
@@ -61,6 +61,15 @@ class Endpoint:
     upstream uses if a request names no model. `form` says what the files are if the request is a form
     (`multipart/form-data`) and not JSON. Which fields it refuses is in `restrictions`. `aliases` are whole paths at
     which it is served too; at the upstream the call goes to `path`.
+
+    What follows from these:
+
+    - `generates`: it produces output tokens.
+    - `shows_output`: its output is text, which can be counted while it streams.
+    - `has_usage_option`: a stream reports its usage only if `stream_options.include_usage` asks for it.
+    - `has_deployments`: Azure serves it under `/deployments/{model}`.
+    - `is_of_responses`: its request has the format of /responses: items, tools, references to stored things.
+    - `is_of_messages`: its requests, answers and errors have Anthropic's format.
     """
 
     name: EndpointName
@@ -73,36 +82,24 @@ class Endpoint:
     default_model: str | None = None
     form: Literal["audio", "images"] | None = None
     aliases: tuple[str, ...] = ()
+    generates: bool = field(init=False)
+    shows_output: bool = field(init=False)
+    has_usage_option: bool = field(init=False)
+    has_deployments: bool = field(init=False)
+    is_of_responses: bool = field(init=False)
+    is_of_messages: bool = field(init=False)
 
-    @property
-    def generates(self) -> bool:
-        """Whether it produces output tokens."""
-        return self.uses is Uses.INPUT_AND_OUTPUT
-
-    @property
-    def shows_output(self) -> bool:
-        """Whether its output is text, which can be counted while it streams."""
-        return bool(self.maxima)
-
-    @property
-    def has_usage_option(self) -> bool:
-        """Whether a stream reports its usage only if `stream_options.include_usage` asks for it."""
-        return self.name in ("chat", "completions")
-
-    @property
-    def has_deployments(self) -> bool:
-        """Whether Azure serves it under `/deployments/{model}`."""
-        return self.path in _OF_DEPLOYMENTS
-
-    @property
-    def is_of_responses(self) -> bool:
-        """Whether its request has the format of /responses: items, tools, references to stored things."""
-        return self.surface == "responses"
-
-    @property
-    def is_of_messages(self) -> bool:
-        """Whether its requests, answers and errors have Anthropic's format."""
-        return self.surface == "messages"
+    def __post_init__(self) -> None:
+        """Derive what every call asks for."""
+        for name, value in (
+            ("generates", self.uses is Uses.INPUT_AND_OUTPUT),
+            ("shows_output", bool(self.maxima)),
+            ("has_usage_option", self.name in ("chat", "completions")),
+            ("has_deployments", self.path in _OF_DEPLOYMENTS),
+            ("is_of_responses", self.surface == "responses"),
+            ("is_of_messages", self.surface == "messages"),
+        ):
+            object.__setattr__(self, name, value)
 
 
 # Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….

@@ -105,7 +105,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     each = DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
     # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
-    budget = reasoning_budget(request.document)
+    budget = reasoning_budget(request.body.document)
     least = budget + (model.smallest_answer or SMALLEST_ANSWER)
     # If 0 may mean no maximum, the least that can be sent instead is 1.
     least = 1 if _asks_for_0(request, kind) else least
@@ -132,6 +132,8 @@ def largest_demand(demands: Sequence[Demand]) -> Demand:
     Each number is the largest of the demands, because the call may go to any of the upstreams: one may ignore the
     field in which the client stated its maximum, and another may price images higher.
     """
+    if len(demands) == 1:
+        return demands[0]
     return Demand(
         input=max(demand.input for demand in demands),
         output_maximum=max(demand.output_maximum for demand in demands),
@@ -180,8 +182,8 @@ def streams_all_output(request: Request, model: Model) -> bool:
     """Whether all tokens of an answer can be counted while it streams, so that its hold may grow with it."""
     if not (request.stream and request.endpoint.shows_output) or _hides_reasoning(model):
         return False
-    asks_for_thinking = request.endpoint.is_of_messages and _asks_for_thinking(request.document)
-    return not (asks_for_thinking or _asks_for_hidden_output(request.document))
+    asks_for_thinking = request.endpoint.is_of_messages and _asks_for_thinking(request.body.document)
+    return not (asks_for_thinking or _asks_for_hidden_output(request.body.document))
 
 
 def _unbounded_answer(request: Request, model: Model) -> int:
@@ -303,7 +305,7 @@ def _asks_for_0(request: Request, kind: Kind) -> bool:
 
 def _stated_numbers(request: Request, kind: Kind) -> list[int]:
     """The numbers in the fields of the request that bound an answer at this kind of upstream."""
-    values = map(request.document.get, kind.maximum_fields(request.endpoint))
+    values = map(request.body.document.get, kind.maximum_fields(request.endpoint))
     return [number for number in values if number is not None]
 
 
@@ -312,5 +314,5 @@ def _upstream_default(request: Request, kind: Kind) -> int | None:
 
     Only /completions has one, if the field is absent. For null vLLM applies none.
     """
-    has_default = request.endpoint.name == "completions" and "max_tokens" not in request.document
+    has_default = request.endpoint.name == "completions" and "max_tokens" not in request.body.document
     return kind.completions_default if has_default else None

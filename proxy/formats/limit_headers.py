@@ -15,9 +15,8 @@ up to whole seconds, so that a client that waits for them is not too early. Pure
 from collections.abc import Mapping
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import FAMILIES
-from proxy.policy.quota import Binding, Limit
-from proxy.policy.status import QuotaStatus, first_to_refuse, seconds_up
+from proxy.policy.quota import Binding
+from proxy.policy.status import NEAR_PERCENT, QuotaStatus, first_to_refuse, seconds_up
 from proxy.policy.windows import rfc3339
 
 _UTC = ZoneInfo("UTC")
@@ -34,37 +33,39 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     without `qu` the numbers would mean requests. `now` is in milliseconds since 1970.
     """
     headers: dict[str, str] = {}
-    for family in FAMILIES:
-        if first := first_to_refuse(binding, statuses, family):
-            status, limit = first
-            headers[f"x-ratelimit-limit-{family}"] = str(limit.maximum)
-            headers[f"x-ratelimit-remaining-{family}"] = str(status.remaining(limit))
-            headers[f"x-ratelimit-reset-{family}"] = go_duration(status.counter.window.resets_at - now)
+    for family, (status, use) in first_to_refuse(binding, statuses).items():
+        headers[f"x-ratelimit-limit-{family}"] = str(use.limit.maximum)
+        headers[f"x-ratelimit-remaining-{family}"] = str(use.remaining)
+        headers[f"x-ratelimit-reset-{family}"] = go_duration(status.counter.window.resets_at - now)
     # Tightest first, by the part that remains and then by the number: of 1000 with 100 left (10 %), 100 with 50 left
     # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
     # out.
-    enforced = [
-        (status, tightest_limit)
-        for status in statuses.values()
-        if status.quota.enforce != "shadow" and (tightest_limit := status.tightest())
+    found = [
+        (tightest.remaining_share(), position, status, tightest)
+        for position, status in enumerate(statuses.values())
+        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None
     ]
-    tightest = sorted(enforced, key=lambda item: item[0].remaining_share(item[1]))[:_QUOTAS_MAX]
-    if tightest:
-        headers["ratelimit-policy"] = ", ".join(_policy_item(status, limit) for status, limit in tightest)
-        headers["ratelimit"] = ", ".join(_remaining_item(status, limit, now) for status, limit in tightest)
+    found.sort()
+    policy, left = [], []
+    for _, _, status, use in found[:_QUOTAS_MAX]:
+        id, window = status.quota.id, status.counter.window
+        unit = "" if use.limit.measure.family == "requests" else ';qu="tokens"'
+        policy.append(f'"{id}";q={use.limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}')
+        left.append(f'"{id}";r={use.remaining};t={max(0, seconds_up(window.resets_at - now))}')
+    if policy:
+        headers["ratelimit-policy"] = ", ".join(policy)
+        headers["ratelimit"] = ", ".join(left)
     return headers
 
 
 def anthropic_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> dict[str, str]:
     """The same limits as `x-ratelimit-*` under Anthropic's names. The reset is an instant in UTC, rounded up."""
     headers: dict[str, str] = {}
-    for family in FAMILIES:
-        if first := first_to_refuse(binding, statuses, family):
-            status, limit = first
-            resets_at = rfc3339(status.counter.window.resets_at, _UTC)
-            headers[f"anthropic-ratelimit-{family}-limit"] = str(limit.maximum)
-            headers[f"anthropic-ratelimit-{family}-remaining"] = str(status.remaining(limit))
-            headers[f"anthropic-ratelimit-{family}-reset"] = resets_at.replace("+00:00", "Z")
+    for family, (status, use) in first_to_refuse(binding, statuses).items():
+        resets_at = rfc3339(status.counter.window.resets_at, _UTC)
+        headers[f"anthropic-ratelimit-{family}-limit"] = str(use.limit.maximum)
+        headers[f"anthropic-ratelimit-{family}-remaining"] = str(use.remaining)
+        headers[f"anthropic-ratelimit-{family}-reset"] = resets_at.replace("+00:00", "Z")
     return headers
 
 
@@ -74,21 +75,17 @@ def warning_headers(statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, 
     Example: `"staff/daily";u="tokens";p=83;r=34000;t=18720`: 83 % of the tokens are used, 34,000 are left, and more
     in 18,720 s. Shadow quotas refuse nothing, so they are left out. `now` is in milliseconds since 1970.
     """
-    items = [
-        _warning_item(status, limit, now)
-        for status in statuses.values()
-        if status.quota.enforce != "shadow"
-        for limit in status.quota.window_limits
-        if status.is_near(limit)
-    ]
+    items = []
+    for status in statuses.values():
+        if status.quota.enforce == "shadow":
+            continue
+        for limit, used, remaining in status.uses:
+            # A limit of 0 is a switch that is off, and nobody is near it.
+            if 100 * used >= NEAR_PERCENT * limit.maximum > 0:
+                t = max(0, seconds_up(status.counter.window.resets_at - now))
+                p = 100 * used // limit.maximum
+                items.append(f'"{status.quota.id}";u="{limit.measure.value}";p={p};r={remaining};t={t}')
     return {"x-quota-warning": ", ".join(items)} if items else {}
-
-
-def _warning_item(status: QuotaStatus, limit: Limit, now: int) -> str:
-    percent = 100 * status.counter.used.of(limit.measure) // limit.maximum
-    resets_in_s = max(0, seconds_up(status.counter.window.resets_at - now))
-    left = status.remaining(limit)
-    return f'"{status.quota.id}";u="{limit.measure.value}";p={percent};r={left};t={resets_in_s}'
 
 
 def go_duration(length_ms: int) -> str:
@@ -101,14 +98,3 @@ def go_duration(length_ms: int) -> str:
     if hours:
         return f"{hours}h{minutes}m{seconds}s"
     return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
-
-
-def _policy_item(status: QuotaStatus, limit: Limit) -> str:
-    window = status.counter.window
-    unit = "" if limit.measure.family == "requests" else ';qu="tokens"'
-    return f'"{status.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
-
-
-def _remaining_item(status: QuotaStatus, limit: Limit, now: int) -> str:
-    resets_in_s = max(0, seconds_up(status.counter.window.resets_at - now))
-    return f'"{status.quota.id}";r={status.remaining(limit)};t={resets_in_s}'

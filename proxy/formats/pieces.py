@@ -58,7 +58,7 @@ def states_tokens(request: Request, target: Model) -> bool | None:
 
     It does on all endpoints that are not billed by the piece; for those the proxy counts the text otherwise.
     """
-    endpoint, format_ = request.endpoint, request.document.get("response_format")
+    endpoint, format_ = request.endpoint, request.body.document.get("response_format")
     if not endpoint.by_piece:
         return True
     has_no_json = (endpoint is SPEECH and not request.stream) or format_ in ("text", "srt", "vtt")

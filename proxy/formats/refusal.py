@@ -158,7 +158,7 @@ def never_fits(refused: NotAdmitted, request: Request, model: Model, *, help: st
 
 def _remedy(request: Request, model: Model, answer: int, *, room: int) -> tuple[str, str]:
     """The field that makes an answer of `answer` tokens too long for `room`, and the sentence with what to do."""
-    document, endpoint = request.document, request.endpoint
+    document, endpoint = request.body.document, request.endpoint
     if request.choices > 1 and answer // request.choices <= room:
         counts = {name: document.get(name) for name in (*CHOICE_COUNT_FIELDS, "best_of")}
         stated = {name: count for name, count in counts.items() if isinstance(count, int) and count > 1}

@@ -7,19 +7,21 @@ Anthropic's published API descriptions. Pure.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
-from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
+from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, Kind, kind_of
 from proxy.formats.multipart import Form
 from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_field, used_fields
-from proxy.formats.strict_json import dump, parse_object
+from proxy.formats.strict_json import dump, parse_exactly, parse_object
 from proxy.policy.catalog import Model
 
 # Fields of forms in which "false" is a text.
 _TEXTS_OF_FORMS = ("model", "prompt")
+# The kinds of upstream with an option for usage on every chunk.
+_WITH_RUNNING_USAGE: dict[str, Kind] = {name: kind for name, kind in KINDS.items() if kind.running_usage is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,11 @@ class Request:
     """One metered request: what it asks for, and its parsed body.
 
     `choices` is how many answers the upstream generates in total. `form` is set if the request is multipart.
-    `asks_for_running_usage` are the kinds of upstream whose option for usage on every chunk the client has written.
+
+    `adds_usage` says that the proxy asks for the usage of the stream although the client did not, and removes it
+    again. `adds_running_usage` are the kinds of upstream at which the proxy asks for the usage so far on every chunk,
+    so that it is exact even if the stream is cut. Only some kinds have an option for it. It is not used for several
+    choices, because then a chunk has only the usage of its own choice.
     """
 
     endpoint: Endpoint
@@ -38,42 +44,20 @@ class Request:
     form: Form | None = None
     previous_response_id: str | None = None
     asks_for_usage: bool = False  # the client asked for the usage of its stream
-    asks_for_running_usage: frozenset[str] = frozenset()
+    adds_usage: bool = False
+    adds_running_usage: frozenset[str] = frozenset()
     has_several_prompts: bool = False  # on /completions, each with an input of its own
     is_stored: bool = False  # the upstream may store the response under its id
     is_option_withheld: bool = False  # the upstream rejected the `stream_options` that we added
-
-    @property
-    def document(self) -> Mapping[str, Any]:
-        """The parsed body, until it is freed when the upstream has answered."""
-        return self.body.document
 
     @property
     def used_fields(self) -> list[str]:
         """The fields and files that the request uses: all but those that are null, false, [] or ""."""
         return used_fields(self.body) + [file.name for file in (self.form.files if self.form else ())]
 
-    @property
-    def adds_usage(self) -> bool:
-        """Whether the proxy asks for the usage of the stream although the client did not, and removes it again."""
-        return self._can_ask_for_usage and not self.asks_for_usage
-
-    def adds_running_usage(self, kind: str) -> bool:
-        """Whether the proxy asks for the usage so far on every chunk, so that it is exact even if the stream is cut.
-
-        Only some kinds of upstream have an option for it. It is not used for several choices, because then a chunk
-        has only the usage of its own choice.
-        """
-        return (
-            kind_of(kind).running_usage is not None
-            and self._can_ask_for_usage
-            and self.choices == 1
-            and kind not in self.asks_for_running_usage
-        )
-
-    @property
-    def _can_ask_for_usage(self) -> bool:
-        return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
+    def without_usage_option(self) -> "Request":
+        """The same request, to which the proxy adds nothing that asks for usage."""
+        return replace(self, adds_usage=False, adds_running_usage=frozenset(), is_option_withheld=True)
 
 
 def parse_request(
@@ -84,8 +68,10 @@ def parse_request(
     `deployment` is the model in the path that Azure's clients use. It overrides `model` in the body, as it does at
     Azure. `cost` is the `reading_cost` of the body.
     """
-    document = parse_object(body, CHECKED_FIELDS)
-    return _request(endpoint, RequestBody(document, cost=cost), deployment)
+    read = RequestBody(parse_object(body, CHECKED_FIELDS), cost=cost)
+    if read.has_large_floats:  # they may be integers, which must not be rounded
+        read = RequestBody(parse_exactly(body), cost=cost)
+    return _request(endpoint, read, deployment)
 
 
 def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:
@@ -105,20 +91,27 @@ def _request(endpoint: Endpoint, body: RequestBody, deployment: str | None, form
     stated_model = document.get("model")
     model: Any = deployment or (endpoint.default_model if stated_model is None else stated_model)
     check_body(endpoint, body, model=model)
+    # On /audio/speech `stream` means nothing; `stream_format: "sse"` asks for a stream of events.
+    stream = document.get("stream_format") == "sse" if endpoint is SPEECH else bool(document.get("stream"))
+    choices = _choices(endpoint, document)
     options = document.get("stream_options")
+    asks_for_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    can_ask = stream and endpoint.has_usage_option
     return Request(
         endpoint=endpoint,
         model=model,
-        # On /audio/speech `stream` means nothing; `stream_format: "sse"` asks for a stream of events.
-        stream=document.get("stream_format") == "sse" if endpoint is SPEECH else bool(document.get("stream")),
-        choices=_choices(endpoint, document),
+        stream=stream,
+        choices=choices,
         body=body,
         form=form,
         previous_response_id=(document.get("previous_response_id") or None) if endpoint.is_of_responses else None,
-        asks_for_usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        asks_for_running_usage=frozenset(
-            name for name, kind in KINDS.items() if kind.asks_for_running_usage(document)
-        ),
+        asks_for_usage=asks_for_usage,
+        adds_usage=can_ask and not asks_for_usage,
+        adds_running_usage=frozenset(
+            name for name, kind in _WITH_RUNNING_USAGE.items() if not kind.asks_for_running_usage(document)
+        )
+        if can_ask and choices == 1
+        else frozenset(),
         has_several_prompts=endpoint.name == "completions" and _prompt_count(document) > 1,
         is_stored=endpoint.is_of_responses and document.get("store") is not False,
     )
@@ -160,13 +153,13 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
     `maximum` is the most output tokens of one choice. No field that this kind of upstream reads states more in the
     new body; a smaller number in it stays.
     """
-    document = {**request.document, "model": model.upstream_model}
+    document = {**request.body.document, "model": model.upstream_model}
     if request.endpoint is RESPONSES and not model.allows.store:
         document["store"] = False  # OpenAI stores responses by default
     if request.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     kind = kind_of(model.upstream.kind)
-    if request.adds_running_usage(model.upstream.kind):
+    if model.upstream.kind in request.adds_running_usage:
         kind.add_running_usage(document)
     if maximum is not None:
         names = kind.maximum_fields(request.endpoint)
@@ -187,7 +180,7 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     """
     if not endpoint.generates:
         return 1
-    each = max(document.get(name) or 1 for name in CHOICE_COUNT_FIELDS)
+    each = max([document.get(name) or 1 for name in CHOICE_COUNT_FIELDS])
     if endpoint.name != "completions":
         return each
     return max(each, document.get("best_of") or 1) * _prompt_count(document)

@@ -14,16 +14,16 @@ Bytes that are no unambiguous JSON are refused before, in `strict_json` and `mul
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import attrgetter
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import RequestBody, content_objects, offered_tools, unusual_turns
-from proxy.formats.endpoints import CHAT, IMAGES, METERED, SPEECH, Endpoint
+from proxy.formats.body import ROLE_MAX, RequestBody, content_objects, unusual_turns
+from proxy.formats.endpoints import CHAT, IMAGES, METERED, SPEECH, Endpoint, EndpointName
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS, Kind
 from proxy.formats.model_names import BAD_NAME, is_bad_name
-from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
+from proxy.formats.strict_json import DEPTH_MAX, plain_name, walk
 
 # OpenAI's limit for `n` on /chat/completions; used for every number of answers.
 _CHOICES_MAX = 128
@@ -34,6 +34,8 @@ _NUMBER_MAX = 10**9
 _ONLY_OF_LLAMA_CPP = "n_predict"
 # Messages repeat at most this many characters of the client's values.
 SHOWN_CHARACTERS = 40
+# Fields in which a gateway may find options of its own.
+_METADATA = frozenset(("metadata", "litellm_metadata"))
 # Members of a turn or part that name a stored file.
 _FILE_IDS = ("fileid", "fileids")
 # How DashScope's `qwen-long` names stored files: in the text of a system message.
@@ -47,7 +49,7 @@ MEMBERS_OF_ITEMS = ("type", "tools")
 _KEYS_OF_PARTS = frozenset(
     "type text role content name id call_id output status summary arguments tool_call_id tool_calls tool_use_id "
     "input is_error cache_control image_url url detail input_audio data format media_type thinking signature title "
-    "encrypted_content file_data filename annotations logprobs refusal phase file source tools".split()
+    "encrypted_content file_data filename annotations logprobs refusal phase file source tools function".split()
 )
 
 STORED = (
@@ -155,24 +157,18 @@ def _has_refused_members(of: Endpoint) -> Callable[[object], bool]:
 
 def _redirects_reports(checked: Checked) -> bool:
     """Whether the metadata say where LiteLLM sends its reports of the call. Other metadata are the user's own."""
-    objects = map(checked.body.document.get, ("metadata", "litellm_metadata"))
+    document = checked.body.document
+    if _METADATA.isdisjoint(document):
+        return False
     return any(
         is_used(value) and _REPORT_PREFIX.match(name) and _REPORT_TARGET.search(name)
-        for value in objects
-        for name, value in _members(value)
+        for field in _METADATA
+        for name, value in _members(document.get(field))
     )
 
 
 def _members(value: object) -> Iterable[tuple[str, object]]:
     return value.items() if isinstance(value, dict) else ()
-
-
-def _is_too_deep(checked: Checked) -> bool:
-    # The body is level 1. A list of turns is level 2, and its turns are level 3. A plain turn has no level below it.
-    document, turns = checked.body.document, checked.body.turns
-    fields = [value for name, value in document.items() if name not in turns]
-    unusual = [turn for field in turns.values() for turn in field.unusual]
-    return not (is_within_depth(fields, DEPTH_MAX - 1) and is_within_depth(unusual, DEPTH_MAX - 2))
 
 
 def _has_stored_files(checked: Checked) -> bool:
@@ -196,30 +192,32 @@ def _repeats_made_file(part: dict[str, Any], checked: Checked) -> bool:
         and part.keys() == {"type", "file_id"}
         and any(
             isinstance(tool, dict) and str(tool.get("type")).startswith("code_execution_")
-            for tool in offered_tools(checked.body)
+            for tool in checked.body.tools
         )
     )
 
 
 def _has_files_in_text(checked: Checked) -> bool:
     """Whether the text of a system message names stored files, as DashScope reads it."""
-    turns = checked.body.turns.get("messages")
-    plain = turns.reading if turns is not None else ()
-    unusual = (turn for turn in unusual_turns(checked.body, ["messages"]) if _is_system_role(turn.get("role")))
-    return any(
-        isinstance(text, str) and _FILE_ID_TEXT in text and _is_system_role(role) for role, text in pairwise(plain)
-    ) or any(isinstance(text, str) and _FILE_ID_TEXT in text for turn in unusual for text in walk(turn))
+    found: list[object] = [
+        turn for turn in unusual_turns(checked.body, ["messages"]) if _is_system_role(turn.get("role"))
+    ]
+    plain = checked.body.turns.get("messages")
+    if plain is not None and any(map(_is_system_role, plain.roles)):
+        found += [text for role, text in pairwise(plain.reading) if type(text) is str and _is_system_role(role)]
+    return any(isinstance(text, str) and _FILE_ID_TEXT in text for turn in found for text in walk(turn))
 
 
 def _is_system_role(role: object) -> bool:
-    return isinstance(role, str) and role.casefold() in _SYSTEM_ROLES
+    # The length comes first, because texts that may be long are asked about too.
+    return isinstance(role, str) and len(role) <= ROLE_MAX and role.casefold() in _SYSTEM_ROLES
 
 
 def _has_other_spelling(checked: Checked) -> bool:
     """Whether a turn has `Type` or `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these."""
     return any(
         name not in MEMBERS_OF_ITEMS and plain_name(name) in MEMBERS_OF_ITEMS
-        for turn in unusual_turns(checked.body)
+        for turn in checked.body.unusual
         if not _KEYS_OF_PARTS.issuperset(turn)
         for name in turn
     )
@@ -308,7 +306,12 @@ def _choice_count(name: str, where: Callable[[Endpoint], bool] = _GENERATES) -> 
 
 
 ROWS: tuple[Row, ...] = (
-    Row(None, _is_too_deep, f"The body is nested more than {DEPTH_MAX} levels deep.", code="invalid_json"),
+    Row(
+        None,
+        attrgetter("body.is_too_deep"),
+        f"The body is nested more than {DEPTH_MAX} levels deep.",
+        code="invalid_json",
+    ),
     # Fields that change where a call goes. LiteLLM's fallbacks and OpenRouter's models and presets name other models
     # than the one that is allowed and counted. The servers in kv_transfer_params (vLLM) and bootstrap_… (SGLang) hold
     # the cache of another call. Adapters (lora…) are other models under the name of their base. LiteLLM takes the
@@ -560,17 +563,17 @@ _PRICE = re.compile(r"(?i:cost_per_|(?:token|image)_cost)|[cC]ostPer[A-Z]")
 # The ends of the plain names of addresses and credentials, whichever vendor's they are: `xai_api_key`.
 _ADDRESSES_AND_KEYS = ("apikey", "apibase", "apitoken", "baseurl", "accesstoken", "secretkey", "endpointurl")
 
-# The refused fields of each endpoint by their plain names, and its other rows.
+# The refused fields of each endpoint by their plain names, and its other rows by their fields.
 _REFUSED_OF = {
     endpoint.name: {
         plain_name(row.field): row for row in ROWS if row.is_field_refused and row.field and row.where(endpoint)
     }
     for endpoint in METERED
 }
-_ROWS_OF = {
-    endpoint.name: tuple(row for row in ROWS if not row.is_field_refused and row.where(endpoint))
-    for endpoint in METERED
-}
+_CHECKED_OF: dict[EndpointName, dict[str | None, list[Row]]] = {endpoint.name: {} for endpoint in METERED}
+for _row, _endpoint in product(ROWS, METERED):
+    if not _row.is_field_refused and _row.where(_endpoint):
+        _CHECKED_OF[_endpoint.name].setdefault(_row.field, []).append(_row)
 
 # Fields whose values the proxy decides on. Another spelling of one of them is refused.
 CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None and not row.is_field_refused).union(
@@ -620,19 +623,28 @@ def _is_refused_member(endpoint: Endpoint, name: str, value: object) -> bool:
 
 
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:
-    """Raise InvalidRequest for the first field that is refused, else for the first other row that refuses this body.
+    """Raise InvalidRequest for the first field that is refused, else for what is wrong in the whole body.
 
     `model` is the model that the path, the body or the endpoint's default names.
     """
-    checked, document = Checked(endpoint, body, model), body.document
+    rows_of_fields, document = _CHECKED_OF[endpoint.name], body.document
     for name, value in document.items():
-        row = None if name in _USUAL_FIELDS else _refusing_row(endpoint, name)
-        if row is not None and row.is_refused(value):
-            raise InvalidRequest(row.message, param=row.field, code=row.code)
-    for row in _ROWS_OF[endpoint.name]:
-        value = checked if row.field is None else document.get(row.field)
-        if value is not None and row.is_refused(value):
-            raise InvalidRequest(row.message, param=row.param or row.field, code=row.code)
+        if name not in _USUAL_FIELDS and (row := _refusing_row(endpoint, name)) is not None and row.is_refused(value):
+            raise _refused(row)
+    # Only what the body contains is looked at, and the whole of it before its fields.
+    checked = Checked(endpoint, body, model)
+    for row in rows_of_fields[None]:
+        if row.is_refused(checked):
+            raise _refused(row)
+    for name, value in document.items():
+        if name in rows_of_fields and value is not None:
+            for row in rows_of_fields[name]:
+                if row.is_refused(value):
+                    raise _refused(row)
+
+
+def _refused(row: Row) -> InvalidRequest:
+    return InvalidRequest(row.message, param=row.param or row.field, code=row.code)
 
 
 def check_form_field(endpoint: Endpoint, name: str, *, is_file: bool = False) -> str:

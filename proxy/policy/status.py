@@ -9,11 +9,11 @@ Pure. The texts of refusals are in `formats.refusal`, the headers in `formats.li
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import Amount, Family, Measure
+from proxy.policy.amounts import FAMILIES, NO_AMOUNT, Amount, Family, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import Window, rfc3339
 
@@ -31,33 +31,51 @@ class LimitUse(TypedDict):
     percent: float
 
 
-@dataclass(frozen=True, slots=True)
+class Use(NamedTuple):
+    """What is used of a limit, and what is neither used nor held, which is never below 0."""
+
+    limit: Limit
+    used: int
+    remaining: int
+
+    def remaining_share(self) -> tuple[int, int]:
+        """What remains in parts per million, then as a number; the smaller one is tighter.
+
+        Integers, because floats are never compared: 667 of 1,000 tokens is (667_000, 667).
+        """
+        return self.remaining * 1_000_000 // max(1, self.limit.maximum), self.remaining
+
+
+@dataclass(slots=True)
 class QuotaStatus:
     """One quota, and its counter for one user at one instant.
 
-    `grants` are those that run at this instant. The limits of `quota` are raised by them already.
+    `grants` are those that run at this instant. The limits of `quota` are raised by them already. `uses` has what is
+    used and what remains of each limit that depends on the window.
     """
 
     quota: Quota
     counter: Counter
     grants: tuple[Grant, ...] = ()
+    uses: tuple[Use, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute `uses` once: headers ask for them several times."""
+        used, held = self.counter.used, self.counter.held
+        # With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
+        if self.quota.enforce == "after":
+            held = NO_AMOUNT
+        uses: list[Use] = []
+        for limit in self.quota.window_limits:
+            total = limit.measure.total
+            so_far = total(used)
+            uses.append(Use(limit, so_far, max(0, limit.maximum - so_far - total(held))))
+        self.uses = tuple(uses)
 
     def remaining(self, limit: Limit) -> int:
-        """What is neither used nor held of a limit; never below 0.
-
-        With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
-        """
-        counter, total = self.counter, limit.measure.total
-        held = 0 if self.quota.enforce == "after" else total(counter.held)
-        return max(0, limit.maximum - total(counter.used) - held)
-
-    def remaining_share(self, limit: Limit) -> tuple[int, int]:
-        """What remains of a limit in parts per million, then as a number; the smaller one is tighter.
-
-        Integers, because floats are never compared: 667 of 1,000 tokens is (667_000, 667).
-        """
-        remaining = self.remaining(limit)
-        return remaining * 1_000_000 // max(1, limit.maximum), remaining
+        """What is neither used nor held of a limit; never below 0. See `uses` about holds."""
+        held = NO_AMOUNT if self.quota.enforce == "after" else self.counter.held
+        return max(0, limit.maximum - self.counter.used.of(limit.measure) - held.of(limit.measure))
 
     def is_near(self, limit: Limit) -> bool:
         """Whether 80 % or more of a limit is used. A limit of 0 is a switch that is off, and nobody is near it."""
@@ -86,10 +104,9 @@ class QuotaStatus:
         """
         return self.counter.window if self.quota.per.kind == "calendar" or self.counter.is_open else None
 
-    def tightest(self) -> Limit | None:
+    def tightest(self) -> Use | None:
         """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
-        limits = self.quota.window_limits
-        return limits[0] if len(limits) == 1 else min(limits, key=self.remaining_share, default=None)
+        return min(self.uses, key=Use.remaining_share, default=None)
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
@@ -137,7 +154,7 @@ def quota_statuses(
         key = quota.key_for(binding.user)
         counter = counter_at(now, quota, counters.get(key))
         if mine := own.get((key, counter.window.opened_at)):
-            counter = replace(counter, held=counter.held - mine)
+            counter = Counter(counter.window, counter.used, counter.held - mine, counter.reset_at)
         grants = quota.running(binding.grants.get(quota.id, ()), now) if binding.grants else ()
         statuses[quota.id] = QuotaStatus(quota, counter, grants)
     return statuses
@@ -168,10 +185,8 @@ def duration_text(length_ms: int) -> str:
     return " ".join(f"{count}{unit}" for count, unit in parts[first : first + 2] if count) or "0s"
 
 
-def first_to_refuse(
-    binding: Binding, statuses: Mapping[str, QuotaStatus], family: Family
-) -> tuple[QuotaStatus, Limit] | None:
-    """The limit of a family that will refuse this user first, with its quota; None if none ever will.
+def first_to_refuse(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> dict[Family, tuple[QuotaStatus, Use]]:
+    """The limit of each family that will refuse this user first, with its quota; none of a family that never will.
 
     Limits on concurrent measures are left out, because no reset changes what remains of them. All limits are those of
     `statuses`, which grants have raised.
@@ -180,16 +195,22 @@ def first_to_refuse(
     alternative refuses it, so among them the one with the most remaining counts. With `combine: any_group`, 100
     tokens left in `staff` and 400 in `lab`, the user is refused when the 400 are used.
     """
-    tightest: list[tuple[int, QuotaStatus, Limit]] = []
+    first: dict[Family, tuple[QuotaStatus, Use]] | None = None
     for alternative in binding.alternatives():
-        limits = [
-            (statuses[quota.id].remaining(limit), statuses[quota.id], limit)
-            for quota in alternative.quotas
-            for limit in statuses[quota.id].quota.window_limits
-            if limit.measure.family == family
-        ]
-        if not limits:
-            return None  # this alternative has no such limit, so those of the others never refuse the user
-        tightest.append(min(limits, key=lambda item: item[0]))
-    _, status, limit = max(tightest, key=lambda item: item[0])
-    return status, limit
+        least: dict[Family, tuple[QuotaStatus, Use]] = {}
+        for quota in alternative.quotas:
+            status = statuses[quota.id]
+            for use in status.uses:
+                family = use.limit.measure.family
+                if family not in least or use.remaining < least[family][1].remaining:
+                    least[family] = status, use
+        if first is None:
+            first = least
+        else:
+            # If an alternative has no limit of a family, those of the others never refuse the user.
+            first = {
+                family: max(found, least[family], key=lambda each: each[1].remaining)
+                for family, found in first.items()
+                if family in least
+            }
+    return {family: first[family] for family in FAMILIES if family in first} if first else {}

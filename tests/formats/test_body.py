@@ -3,9 +3,11 @@
 Threat T34 (20,000 of everything).
 """
 
+from collections.abc import Callable
+
 import pytest
 
-from proxy.formats.body import RequestBody, content_objects, offered_tools
+from proxy.formats.body import RequestBody, content_objects
 from proxy.formats.content import read_prompt
 
 
@@ -14,11 +16,38 @@ def test_turns_are_walked_over_once():
     odd = {"role": "user", "content": [{"type": "text", "text": "c"}]}
     body = RequestBody({"messages": [{"role": "user", "content": "a"}, odd, "b", "", {"role": "", "content": "x"}]})
     turns = body.turns["messages"]
+    assert body.unusual == turns.unusual
     assert turns.reading == ["user", "a", odd, "b", {"role": "", "content": "x"}]
     assert (turns.unusual, turns.plain) == ([odd, {"role": "", "content": "x"}], 1)
-    assert body.turns["messages"] is turns
     assert "input" not in body.turns
     assert read_prompt(body, is_chat=True).texts == ("user", "a", "user", "c", "b", "x")
+
+
+def test_objects_and_arrays_are_levels():
+    """The body is level 1, a list of turns level 2 and its turns level 3. Texts and numbers are none."""
+
+    def nested(levels: int) -> object:
+        value: object = 1.5
+        for level in range(levels):
+            value = [value, "text"] if level % 2 else {"a": value}
+        return value
+
+    for levels in range(60, 67):
+        assert RequestBody({"metadata": nested(levels)}).is_too_deep == (levels > 63)
+        assert RequestBody({"messages": nested(levels)}).is_too_deep == (levels > 63)
+        assert RequestBody({"messages": [nested(levels)]}).is_too_deep == (levels > 62)
+        turn = {"role": "user", "content": nested(levels)}
+        assert RequestBody({"input": ["text", turn]}).is_too_deep == (levels > 61)
+
+
+@pytest.mark.parametrize("number", [float(2**64), -float(2**63), 1e300])
+@pytest.mark.parametrize("shape", [lambda n: n, lambda n: [n], lambda n: {"a": [[1.5, {"b": n}]]}])
+def test_floats_that_may_be_rounded_integers_are_found(shape: Callable[[float], object], number: float):
+    """orjson reads an integer beyond 64 bits as a float."""
+    for field in ("seed", "messages", "input"):
+        assert RequestBody({field: shape(number)}).has_large_floats
+        assert not RequestBody({field: shape(9e18)}).has_large_floats
+    assert RequestBody({"messages": [{"role": "user", "content": "a"}, shape(number)]}).has_large_floats
 
 
 def objects(**fields: object) -> list[object]:
@@ -83,9 +112,9 @@ def test_no_depth_overflows_the_stack():
 )
 def test_tools_are_found_in_any_shape(tools: object, found: list):
     """What is no list is checked as one tool; so is each value of a mapping of tools."""
-    assert offered_tools(RequestBody({"tools": tools})) == found
-    assert offered_tools(RequestBody({"input": [{"type": "additional_tools", "tools": tools}]})) == found
-    assert offered_tools(RequestBody({"input": {"type": "additional_tools", "tools": tools}})) == found
-    assert offered_tools(RequestBody({"messages": [{"role": "system", "tools": tools}]})) == found
+    assert RequestBody({"tools": tools}).tools == found
+    assert RequestBody({"input": [{"type": "additional_tools", "tools": tools}]}).tools == found
+    assert RequestBody({"input": {"type": "additional_tools", "tools": tools}}).tools == found
+    assert RequestBody({"messages": [{"role": "system", "tools": tools}]}).tools == found
     group = {"type": "namespace", "tools": tools}
-    assert offered_tools(RequestBody({"tools": [group]})) == [group, *found]
+    assert RequestBody({"tools": [group]}).tools == [group, *found]

@@ -246,6 +246,6 @@ def test_a_request_needs_a_model_and_may_have_any_field(endpoint: Any) -> None:
     """Those of vendors pass as they are."""
     fields = {"query": "q", "documents": ["a"], "top_n": 3, "return_documents": True, "max_tokens_per_doc": 4096}
     parsed = parse_request(endpoint, json.dumps({"model": "m", **fields}).encode())
-    assert (parsed.model, parsed.choices, dict(parsed.document)) == ("m", 1, {"model": "m", **fields})
+    assert (parsed.model, parsed.choices, dict(parsed.body.document)) == ("m", 1, {"model": "m", **fields})
     with pytest.raises(Exception, match='"model" is missing'):
         parse_request(endpoint, json.dumps(fields).encode())

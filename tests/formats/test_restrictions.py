@@ -154,7 +154,7 @@ def too_deep(body: bytes) -> str:
 
 def test_64_levels_are_read_and_65_are_refused() -> None:
     """Objects and arrays both count as a level."""
-    assert parse_request(CHAT, nested(DEPTH_MAX)).document == json.loads(nested(DEPTH_MAX))
+    assert parse_request(CHAT, nested(DEPTH_MAX)).body.document == json.loads(nested(DEPTH_MAX))
     assert f"more than {DEPTH_MAX} levels" in too_deep(nested(DEPTH_MAX + 1))
     assert f"more than {DEPTH_MAX} levels" in too_deep(nested(DEPTH_MAX, b"{}"))
 
@@ -167,7 +167,7 @@ def test_turns_are_levels_too(field: bytes, turn: bytes) -> None:
         for spaces in (b"", b" "):
             body = b'{"model":"m",%b"%b":[%b,%b,%b]}' % (spaces, field, plain, turn, plain)
             fits = body % (b"[" * (DEPTH_MAX - 3) + b"]" * (DEPTH_MAX - 3))
-            assert parse_request(MESSAGES, fits).document == json.loads(fits)
+            assert parse_request(MESSAGES, fits).body.document == json.loads(fits)
             assert "levels deep" in too_deep(body % (b"[" * (DEPTH_MAX - 2) + b"]" * (DEPTH_MAX - 2)))
 
 
@@ -284,7 +284,7 @@ def test_a_refused_field_may_be_null_false_or_empty(endpoint: Endpoint) -> None:
     """SDKs send them for options that their user did not set. An empty text or list names nothing."""
     for name in refused_fields(endpoint):
         for unused in (None, False, [], ""):
-            assert parse(endpoint, **{name: unused}).document[name] == unused
+            assert parse(endpoint, **{name: unused}).body.document[name] == unused
         for used in ({}, [{}], [None]):
             assert refused(endpoint, **{name: used}).param == name if (name, used) != ("prompt", {}) else True
     assert parse(RESPONSES, previous_response_id="").previous_response_id is None
@@ -384,7 +384,7 @@ def test_a_custom_voice_is_refused() -> None:
             assert refused(CHAT, audio={name: voice, "format": "wav"}).param == "audio.voice"
             assert refused(CHAT, audio=[{name: voice}]).param == "audio.voice"
     parse(CHAT, audio={"voice": "alloy", "format": "wav"})
-    assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
+    assert parse(SPEECH, input="x", voice="alloy").body.document["voice"] == "alloy"
 
 
 # ----------------------------------------------------------------------------------------------------- stored things
@@ -429,7 +429,7 @@ def test_items_that_show_their_content_are_accepted() -> None:
         "no item",
     ]
     for given_input in (items, "hi", None, 7, items[0], items[:2]):
-        assert parse(RESPONSES, input=given_input).document["input"] == given_input
+        assert parse(RESPONSES, input=given_input).body.document["input"] == given_input
 
 
 @pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
@@ -562,15 +562,15 @@ def test_a_number_that_makes_no_sense_is_refused(endpoint: Endpoint, name: str, 
 def test_a_negative_maximum_is_none_only_at_llama_cpp() -> None:
     """Elsewhere the error says what to do instead. `n_predict` is an unknown field there, which passes."""
     for endpoint, name in product((CHAT, COMPLETIONS, RESPONSES), MAXIMUM_FIELDS):
-        negative = negative_maxima(endpoint, parse(endpoint, **{name: -1}).document)
+        negative = negative_maxima(endpoint, parse(endpoint, **{name: -1}).body.document)
         assert negative == [name]
         check_negative_maxima(negative, kind_of("llamacpp"), model="m")
         for kind in KINDS.keys() - {"llamacpp"} if name != "n_predict" else ():
             with pytest.raises(InvalidRequest, match=f'"{name}" must be between 0 and .* leave it out') as caught:
                 check_negative_maxima(negative, kind_of(kind), model="m")
             assert caught.value.param == name
-    assert negative_maxima(CHAT, parse(max_tokens=0, max_completion_tokens=None).document) == []
-    assert negative_maxima(EMBEDDINGS, parse(EMBEDDINGS, input="x", max_tokens="any").document) == []
+    assert negative_maxima(CHAT, parse(max_tokens=0, max_completion_tokens=None).body.document) == []
+    assert negative_maxima(EMBEDDINGS, parse(EMBEDDINGS, input="x", max_tokens="any").body.document) == []
     assert "between 0 and" in refused(max_tokens=-5).message
     assert "between -1 and" in refused(n_predict=-5).message
 
@@ -631,7 +631,7 @@ def test_best_of_of_whisper_is_no_number_of_answers() -> None:
 def test_n_predict_may_be_minus_one_but_not_less(value: object) -> None:
     """In llama.cpp's own field -1 means "no maximum"."""
     assert refused(n_predict=value).param == "n_predict"
-    assert parse(n_predict=-1).document["n_predict"] == -1
+    assert parse(n_predict=-1).body.document["n_predict"] == -1
 
 
 def test_maxima_of_embeddings_are_not_checked() -> None:
@@ -658,7 +658,7 @@ def test_stream_options_must_be_an_object(endpoint: Endpoint, options: object) -
     """llama.cpp ignores options of another type, and would then send no usage (T35)."""
     error = refused(endpoint, stream=True, stream_options=options)
     assert (error.param, error.code) == ("stream_options", "invalid_type")
-    assert parse(RESPONSES, stream_options=options).document["stream_options"] == options
+    assert parse(RESPONSES, stream_options=options).body.document["stream_options"] == options
 
 
 def test_stream_options_are_not_checked_on_responses() -> None:
@@ -721,7 +721,7 @@ def test_a_refused_field_of_a_form_may_be_false_or_empty() -> None:
     assert (request.stream, request.used_fields) == (True, ["model", "stream", "file"])
     assert parse_form_request(TRANSCRIPTIONS, form("model=m", "stream=False")).stream is False
     request = parse_form_request(IMAGE_EDITS, form("model=false", "prompt=False", "num_images=1"))
-    assert (request.model, request.document["prompt"]) == ("false", "False")
+    assert (request.model, request.body.document["prompt"]) == ("false", "False")
 
 
 # --------------------------------------------------------------------------------------- what the operator refuses

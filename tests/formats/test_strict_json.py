@@ -1,6 +1,6 @@
 """Ambiguous JSON is refused with a message that helps; every other body is read and written back unchanged.
 
-Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields), T120 (too many values).
+Threats T26 (bodies that are not a JSON object), T27 (equal keys), T37 (unknown fields), T120 (too many values).
 """
 
 import codecs
@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
 from proxy.formats.strict_json import (
+    INTEGERS_MAX,
     VALUES_MAX,
-    _parse_canonical,
-    _parse_strictly,
     dump,
-    is_within_depth,
+    parse_exactly,
     parse_object,
     reading_cost,
     walk,
@@ -101,23 +100,20 @@ def test_an_integer_of_200_000_digits_is_refused(body: bytes) -> None:
     assert "a number has too many digits" in refusal(body % (b"1" * 200_000))
 
 
-@pytest.mark.parametrize("body", [b'{"%b":1,"%b":2}', b'{"messages":[{"c":{"%b":1,"x":0,"%b":1}}]}'])
+@pytest.mark.parametrize("body", [b'{"%b":1,"%b":2}', b'{"messages":[{"c":{"%b":1,"x":0,"%b":2}}]}'])
 @pytest.mark.parametrize("key", [b"model", b"digits", b"", b"\\u00e9", b"\\ud800", b"a\\nb"])
-def test_a_duplicate_key_is_refused_at_any_depth(body: bytes, key: bytes) -> None:
-    """One server takes the first, another the last (T27). Duplicates with equal values are refused too."""
-    words = refusal(body % (key, key))
-    assert f'the key "{json.loads(b"%c%b%c" % (34, key, 34))}" appears twice' in words
+def test_of_equal_keys_the_last_counts_and_is_written(body: bytes, key: bytes) -> None:
+    """One server takes the first, another the last (T27). What is decided on is what is sent: each key once."""
+    both = body % (key, key)
+    value = parse_object(both, KNOWN)
+    assert value == parse_exactly(both) == json.loads(both)
+    assert dump(value).count(b'":2') == 1
+    assert b'":1' not in dump(value)
 
 
-def test_a_duplicate_key_is_found_behind_an_escape() -> None:
+def test_equal_keys_are_found_behind_an_escape() -> None:
     """Escapes are decoded before keys are compared, as in every parser."""
-    assert 'the key "model" appears twice' in refusal(b'{"model":"a","\\u006dodel":"b"}')
-
-
-def test_the_same_key_in_two_objects_is_not_a_duplicate() -> None:
-    """Each message has a role, and a parameter of a tool may be called `model`."""
-    body = b'{"model":"m","messages":[{"role":"user"},{"role":"user"}],"tools":{"model":{"model":1}}}'
-    assert parse_object(body, KNOWN) == json.loads(body)
+    assert dump(parse_object(b'{"model":"a","\\u006dodel":"b"}', KNOWN)) == b'{"model":"b"}'
 
 
 @pytest.mark.parametrize(
@@ -152,7 +148,6 @@ def test_unknown_and_nested_keys_may_have_any_case() -> None:
 def test_error_messages_are_short() -> None:
     """A key of 200 kB does not produce an error of 200 kB."""
     key = b"k" * 200_000
-    assert len(refusal(b'{"%b":1,"%b":2}' % (key, key))) < 200
     assert len(refusal(b'{"%b":1,"%b":2}' % (key, key.upper()))) < 300
 
 
@@ -166,8 +161,6 @@ def test_error_messages_are_short() -> None:
         b' \n{"model" : "m" }\n',
         b'{"a":[],"b":{},"c":"","d":null,"e":false,"f":0,"":1}',
         b'{"seed":18446744073709551615,"low":-9223372036854775808}',
-        b'{"seed":18446744073709551616,"low":-9223372036854775809}',
-        b'{"seed":1%b}' % (b"0" * 39),
         b'{"t":0.1,"u":-0.0,"v":1.0,"w":5e-324,"x":1.7976931348623157e308,"y":1E5,"z":1e-999}',
         b'{"text":"\\ud83d\\ude00 \xf0\x9f\x98\x80 \\u0000 \\/ \\" \\u2028"}',
         b'{"text":"\\ud800","\\udfff":"\\udc00\\ud800"}',
@@ -182,10 +175,24 @@ def test_a_value_survives_reading_and_writing(body: bytes) -> None:
     assert repr(again) == repr(value)  # 1 is not 1.0, and -0.0 is not 0.0
 
 
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**39, 10**20 + 1])
+def test_an_integer_beyond_64_bits_survives_where_floats_are_large(number: int) -> None:
+    """orjson makes a float of it, which shows that the body has to be read exactly."""
+    body = b'{"seed":%d,"messages":[{"n":[%d,1e300]}]}' % (number, number)
+    assert abs(parse_object(body, KNOWN)["seed"]) >= INTEGERS_MAX
+    value = parse_exactly(body)
+    assert value == parse_exactly(dump(value)) == {"seed": number, "messages": [{"n": [number, 1e300]}]}
+
+
 def test_json_is_written_compactly_in_utf8() -> None:
     """The length of the body bounds its tokens, so it contains neither blanks nor needless escapes."""
     assert dump({"a": [1, "é😀"], "b": None}) == '{"a":[1,"é😀"],"b":null}'.encode()
     assert dump({"a": [2**64, "\ud800"]}) == b'{"a":[18446744073709551616,"\\ud800"]}'
+
+
+def has_large_floats(value: object) -> bool:
+    """Whether a number of this value may have been an integer that was rounded."""
+    return any(isinstance(inner, float) and abs(inner) >= INTEGERS_MAX for inner in walk(value))
 
 
 scalars = (
@@ -214,9 +221,11 @@ def test_any_document_is_read_as_json_reads_it_or_refused(document: dict, spaced
     if len({key.casefold() for key in document.keys() | KNOWN}) < len(document.keys() | KNOWN):
         assert "differ only in case" in refusal(body)
         return
+    assert repr(parse_exactly(body)) == repr(document)
     value = parse_object(body, KNOWN)
-    assert repr(value) == repr(document)
-    assert repr(parse_object(dump(value), KNOWN)) == repr(document)
+    if not has_large_floats(value):
+        assert repr(value) == repr(document)
+        assert repr(parse_object(dump(value), KNOWN)) == repr(document)
 
 
 @given(body=st.binary(max_size=40) | st.text('{}[]",:0123456789eE+-.truefalsn\\ \n', max_size=40).map(str.encode))
@@ -303,37 +312,14 @@ written = st.recursive(
 
 
 @given(body=written | st.binary(max_size=20) | st.floats().map(lambda number: b"[%b]" % repr(number).encode()))
-def test_what_is_parsed_fast_is_what_the_strict_parser_reads(body: bytes) -> None:
-    """A body that orjson would write itself has no equal keys, no number out of range, no other reading."""
-    value = _parse_canonical(body)
-    if value is not None:
-        assert repr(value) == repr(_parse_strictly(body))
-
-
-@given(document=documents)
-def test_a_body_as_the_sdks_write_it_is_parsed_fast(document: dict) -> None:
-    """Compact and in UTF-8; only numbers beyond 64 bits and halves of surrogate pairs take the strict parser."""
-    body = dump(document)
+def test_what_is_parsed_fast_is_what_the_exact_parser_reads(body: bytes) -> None:
+    """Also numbers in any form, escapes and equal keys. What the exact parser refuses, the fast one refuses."""
     try:
-        orjson.dumps(document)
-    except TypeError:
-        assert _parse_canonical(body) is None
-    else:
-        assert repr(_parse_canonical(body)) == repr(document)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        *rb"""{"a":1,"a":1} {"a":{"b":[],"b":[]}} {"a":-0} {"a":1E5} {"a":1.50} {"a":1e400} {"a":NaN}""".split(),
-        *rb"""{"a":1 {"a":18446744073709551616} {"\u0061":1} {"a":"\/"} {"a":"\ud800"}""".split(),
-        *(b"", b'{"a": 1}', b'{"a":1}\n', b'\xef\xbb\xbf{"a":1}', b'{"a":"\xff"}'),
-        b'{"a":' + b"[" * 300 + b"]" * 300 + b"}",
-    ],
-)
-def test_any_other_body_is_left_to_the_strict_parser(body: bytes) -> None:
-    """Whether it is right or wrong: equal keys with equal values would be collapsed without a trace."""
-    assert _parse_canonical(body) is None
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return
+    if not has_large_floats(value):
+        assert repr(value) == repr(parse_exactly(body))
 
 
 # --------------------------------------------------------------------------------------------------------------- walk
@@ -366,18 +352,7 @@ def test_walk_is_not_recursive() -> None:
     assert last == "deep"
 
 
-# -------------------------------------------------------------------------------------------------------------- depth
-
-
-def test_objects_and_arrays_are_levels() -> None:
-    """The value itself is one. Texts and numbers are none."""
-    assert is_within_depth([], 0)
-    assert is_within_depth([1, "text", None], 0)
-    assert not is_within_depth([1, {}], 0)
-    assert is_within_depth([{"a": 1}, []], 1)
-    assert not is_within_depth([{"a": 1}, [[]]], 1)
-    assert is_within_depth([{"a": {"b": []}}], 3)
-    assert not is_within_depth([{"a": {"b": []}}], 2)
+# --------------------------------------------------------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ REFUSED = {
     "a quota that is too small": (_body("small"), 400),
     "no such model": (_body("none"), 404),
     "a wrong value": (_body(n="x"), 400),
-    "a key that appears twice": (_body()[:-1] + b',"model":"fast"}', 400),
+    "two spellings of a key": (_body()[:-1] + b',"MODEL":"fast"}', 400),
     "a body that is cut": (_body()[:-1], 400),
 }
 

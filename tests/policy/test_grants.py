@@ -305,9 +305,8 @@ def test_headers_go_by_the_raised_limits():
     lab = quota("lab/daily", tokens=200)
     who = binding([DAILY], [lab], grants=[grant(lab.id, tokens=1000, until=NOON + HOUR)])
     statuses = quota_statuses(who, counters(who, used={lab.id: 100}), NOON)
-    first = first_to_refuse(who, statuses, "tokens")
-    assert first is not None
-    assert (first[0].quota.id, first[1].maximum) == (lab.id, 1200)
+    status, use = first_to_refuse(who, statuses)["tokens"]
+    assert (status.quota.id, use.limit.maximum) == (lab.id, 1200)
     headers = rate_limit_headers(who, statuses, NOON)
     assert headers["x-ratelimit-limit-tokens"] == "1200"
     assert headers["x-ratelimit-remaining-tokens"] == "1100"

@@ -79,7 +79,6 @@ async def test_a_key_in_the_query_is_ignored(tmp_path: Path) -> None:
         (b"not json", "not valid JSON"),
         (b"", "empty"),
         (b"[1]", "must be a JSON object"),
-        (b'{"model": "fast", "model": "gpt-4o", "messages": []}', 'the key "model" appears twice'),
         (b'{"model": "fast", "MODEL": "gpt-4o", "messages": []}', "differ only in case"),
         (b'{"model": "fast", "temperature": NaN, "messages": []}', "NaN is not a JSON number"),
         (b'{"model": "fast", "messages": "\xff"}', "not valid UTF-8"),
