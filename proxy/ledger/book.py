@@ -185,13 +185,14 @@ Reply = Accepted | Refused | NeedsCount | Unknown
 class Book:
     """The counters and entries that one batch touches.
 
-    `counters_changed` and `entries_changed` name what has to be written.
+    It changes the dictionaries that it is given, but none of their values. `counters_changed` and `entries_changed`
+    name what has to be written. A counter without a row is missing, or None.
     """
 
-    def __init__(self, counters: Mapping[CounterKey, Counter], entries: Mapping[str, Entry], now: int) -> None:
-        self.counters = dict(counters)
-        self.entries = dict(entries)
-        self.counters_changed: set[CounterKey] = set()
+    def __init__(self, counters: dict[CounterKey, Counter | None], entries: dict[str, Entry], now: int) -> None:
+        self.counters = counters
+        self.entries = entries
+        self.counters_changed: dict[CounterKey, Counter] = {}
         self.entries_changed: set[str] = set()
         self._now = now
 
@@ -422,8 +423,7 @@ class Book:
         self.entries_changed.add(entry.id)
 
     def _put_counter(self, key: CounterKey, counter: Counter) -> None:
-        self.counters[key] = counter
-        self.counters_changed.add(key)
+        self.counters[key] = self.counters_changed[key] = counter
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:

@@ -152,7 +152,7 @@ class NeedsCount:
     """The estimate of the input is too coarse for what is left: count its tokens and decide again."""
 
 
-Counters = Mapping[CounterKey, Counter]
+Counters = Mapping[CounterKey, Counter | None]  # None, or missing: nothing was ever used or held
 
 
 def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | NotAdmitted | NeedsCount:
