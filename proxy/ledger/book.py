@@ -407,9 +407,6 @@ class Book:
             used = used.at_least_0()
         self._put_counter(of.key, Counter(counter.window, used, counter.held - freed, counter.reset_at))
 
-    def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
-        return counter_at(self._now, quota, self.counters.get(key))
-
     def _counter_of_call(self, key: CounterKey, quota: Quota) -> Counter:
         """The counter for a call in flight, whose rule may be older than the window.
 
@@ -420,7 +417,7 @@ class Book:
         counter = self.counters.get(key)
         if counter is not None and counter.is_open and counter.window.is_open(self._now):
             return counter
-        return self._counter_now(key, quota)
+        return counter_at(self._now, quota, counter)
 
     def _accepted(
         self,

@@ -29,7 +29,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -424,7 +424,8 @@ class SqliteStore:
             self._db.execute("COMMIT")
         except BaseException as error:
             self._forget()
-            self._db.rollback()
+            with suppress(sqlite3.Error):  # if it fails, the next batch fails too, and tries it again
+                self._db.rollback()
             if translated := self._translated(error, is_uncertain=is_committing):
                 raise translated from error
             raise

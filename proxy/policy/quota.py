@@ -20,6 +20,8 @@ CounterKey = tuple[str, str]
 # The smallest answer is at most the smallest limit divided by this. Otherwise a quota of 1,000 tokens would refuse
 # every call that states no maximum.
 SMALLEST_PART = 10
+# For how many sets of groups the same quotas are narrowed once, for keys that are limited to them.
+_NARROWED_MAX = 64
 # What the subject of a user's own counters begins with.
 _USER = "user:"
 
@@ -443,7 +445,7 @@ class _Common:
             own = tuple(GroupQuotas(group.group, of.always + group.quotas) for group in of.groups)
             self.alternatives = own or (GroupQuotas("everyone", of.always),)
         self.rules: dict[Uses, Rules] = {}
-        self.narrowed: dict[tuple[GroupQuotas, ...], Any] = {}
+        self.narrowed: dict[tuple[str, ...], Any] = {}  # by the names of the groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,19 +473,22 @@ class CombinedQuotas:
             return None
         if self.combine == "every_group":
             return self
-        narrowed = self.common.narrowed
-        if kept not in narrowed:
-            narrowed[kept] = replace(self, groups=kept)
-        found: Self = narrowed[kept]
+        narrowed, names = self.common.narrowed, tuple([group.group for group in kept])
+        if names not in narrowed:
+            if len(narrowed) >= _NARROWED_MAX:
+                narrowed.clear()
+            narrowed[names] = replace(self, groups=kept)
+        found: Self = narrowed[names]
         return found
 
     @property
     def common(self) -> _Common:
         """What is the same for all users whom these quotas bind."""
-        if self._common is None:
-            object.__setattr__(self, "_common", _Common(self))
-        assert self._common is not None, "it was set"
-        return self._common
+        common = self._common
+        if common is None:
+            common = _Common(self)
+            object.__setattr__(self, "_common", common)
+        return common
 
     @property
     def quotas(self) -> tuple[Quota, ...]:

@@ -386,6 +386,21 @@ def test_rules_are_made_once_for_all_users_of_the_same_groups():
     assert ann.keys() is ann.keys()
 
 
+def test_the_number_of_narrowed_quotas_is_bounded(monkeypatch):
+    """Whatever groups keys are limited to."""
+    monkeypatch.setattr("proxy.policy.quota._NARROWED_MAX", 2)
+    bound = binding([DAILY], [SHARED], ADMINS)
+    sets = [{"staff"}, {"team"}, {"admins"}, {"staff", "team"}]
+    narrowed = [bound.narrowed(names) for names in sets]
+    assert [[each.group for each in one.groups] for one in narrowed] == [
+        ["staff"],
+        ["team"],
+        ["admins"],
+        ["staff", "team"],
+    ]
+    assert len(bound.common.narrowed) <= 2
+
+
 # ----------------------------------------------------------------------------------------------------------- bindings
 
 HOURLY = quota("staff/hourly", tokens=300, per="hour")
