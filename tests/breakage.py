@@ -122,29 +122,22 @@ def writers() -> Iterator[list[Connection]]:
         if isinstance(connection, Connection):  # connections for reading are aiosqlite's
             opened.append(connection)
 
-    with _listening("connect", on_connect):
-        yield opened
-
-
-@contextmanager
-def commits() -> Iterator[list[object]]:
-    """One item for each transaction that is committed during the block."""
-    seen: list[object] = []
-
-    def on_commit(connection: object) -> None:
-        seen.append(connection)
-
-    with _listening("commit", on_commit):
-        yield seen
-
-
-@contextmanager
-def _listening(event: str, callback: Any) -> Iterator[None]:
-    sa.event.listen(sa.Engine, event, callback)
+    sa.event.listen(sa.Engine, "connect", on_connect)
     try:
-        yield
+        yield opened
     finally:
-        sa.event.remove(sa.Engine, event, callback)
+        sa.event.remove(sa.Engine, "connect", on_connect)
+
+
+@contextmanager
+def statements(writer: Connection) -> Iterator[list[str]]:
+    """The statements that a store runs during the block on the connection through which it writes."""
+    seen: list[str] = []
+    writer.set_trace_callback(seen.append)
+    try:
+        yield seen
+    finally:
+        writer.set_trace_callback(None)
 
 
 def unchecked(operation: T, **values: object) -> T:

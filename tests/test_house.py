@@ -62,7 +62,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "aiosqlite": ((), "SQLAlchemy loads it, by the database's URL"),
     "asyncpg": (("ledger.postgres", "ledger.primary", "torture.database"), "SQL stays in the engines of the ledger"),
     "sqlite3": (
-        ("ledger.backup", "torture.database"),
+        ("ledger.backup", "ledger.sqlite", "torture.database"),
         "ask the ledger; torture judges it by its files, and the online backup is a function of the driver",
     ),
     "aiohttp": (

@@ -15,7 +15,7 @@ each held amount is charged up to what it holds, and the last one the rest. Exam
 This module is pure: no I/O and no clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State
@@ -26,7 +26,8 @@ from proxy.policy.admission import (
     NeedsCount,
     NotAdmitted,
     Verdict,
-    decide,
+    current_counters,
+    decide_on,
     increase_hold,
 )
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
@@ -99,7 +100,7 @@ class Settle:
 
     def __post_init__(self) -> None:
         charge = charge_of(self.usage)
-        if not all(0 <= number <= TOKENS_MAX for number in charge):
+        if min(charge) < 0 or max(charge) > TOKENS_MAX:
             raise ValueError(f"a usage of {charge.input} + {charge.output} tokens is beyond all bounds")
 
 
@@ -185,13 +186,14 @@ Reply = Accepted | Refused | NeedsCount | Unknown
 class Book:
     """The counters and entries that one batch touches.
 
-    `counters_changed` and `entries_changed` name what has to be written.
+    It changes the dictionaries that it is given, but none of their values. `counters_changed` and `entries_changed`
+    name what has to be written. A counter without a row is missing, or None.
     """
 
-    def __init__(self, counters: Mapping[CounterKey, Counter], entries: Mapping[str, Entry], now: int) -> None:
-        self.counters = dict(counters)
-        self.entries = dict(entries)
-        self.counters_changed: set[CounterKey] = set()
+    def __init__(self, counters: dict[CounterKey, Counter | None], entries: dict[str, Entry], now: int) -> None:
+        self.counters = counters
+        self.entries = entries
+        self.counters_changed: dict[CounterKey, Counter] = {}
         self.entries_changed: set[str] = set()
         self._now = now
 
@@ -215,34 +217,32 @@ class Book:
         keys = operation.binding.keys()
         if entry := self.entries.get(operation.id):
             return self._accepted(entry, keys)
-        self._correct_windows(operation.binding)
-        decision = decide(operation.demand, operation.binding, self.counters, self._now)
+        current = current_counters(operation.binding, self.counters, self._now)
+        self._correct_windows(keys, current)
+        decision = decide_on(operation.demand, operation.binding, current, self._now)
         if isinstance(decision, NeedsCount):
             return decision
         if isinstance(decision, NotAdmitted):
             return Refused(decision, self._counters_of(keys), self._now)
         entry = _new_entry(operation, decision, self._now)
         for hold in decision.holds:
-            self._put_counter(hold.quota.key_for(operation.binding.user), _with_hold(hold))
+            self._put_counter(hold.key, _with_hold(hold))
         self._put_entry(entry)
         return self._accepted(entry, keys)
 
-    def _correct_windows(self, binding: Binding) -> None:
-        """Shorten and store open windows that end later than one that opens now (see `counter_at`).
+    def _correct_windows(self, keys: Sequence[CounterKey], current: Sequence[Counter]) -> None:
+        """Store open windows that `counter_at` has shortened, because they ended later than one that opens now.
 
         The end is stored also if the call is refused. Otherwise it would be computed anew for each call, and would be
         later each time. Example: `per: year` becomes `6h`. The first call after that is refused at 12:00 until 18:00.
         Without the stored end, a call that is refused at 13:00 would get the reset time 19:00, and one that is
         refused at 14:00 would get 20:00.
         """
-        for quota in binding.quotas:
-            key = quota.key_for(binding.user)
-            counter = self.counters.get(key)
-            if counter is not None:
-                current = self._counter_now(key, quota)
-                # A window that has ended is not replaced: a call that is refused must not open the next one.
-                if current is not counter and current.is_open:
-                    self._put_counter(key, current)
+        for key, counter in zip(keys, current, strict=True):
+            stored = self.counters.get(key)
+            # A window that has ended is not replaced: a call that is refused must not open the next one.
+            if stored is not None and counter is not stored and counter.is_open:
+                self._put_counter(key, counter)
 
     def _extend(self, operation: Extend) -> Reply:
         before = self.entries.get(operation.id)
@@ -268,7 +268,7 @@ class Book:
             if held != held_before
         }
         freed.update(quota.key_for(binding.user) for quota in increase.not_increased)
-        entry = self._raise_output(self._free_not_increased(entry, increase), binding.user, increase)
+        entry = self._raise_output(self._free_not_increased(entry, increase), increase)
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry), verdict=increase.verdict, freed=frozenset(freed))
 
@@ -291,11 +291,11 @@ class Book:
                 kept.append(held)
         return replace(entry, held_amounts=tuple(kept))
 
-    def _raise_output(self, entry: Entry, user: str, increase: HoldIncrease) -> Entry:
+    def _raise_output(self, entry: Entry, increase: HoldIncrease) -> Entry:
         """Hold more output, of each counter in the window that is open now."""
         held_amounts = list(entry.held_amounts)
         for hold in increase.holds:
-            key, opened_at = hold.quota.key_for(user), hold.counter.window.opened_at
+            key, opened_at = hold.key, hold.counter.window.opened_at
             windows = [(held.key, held.opened_at) for held in held_amounts]
             if (key, opened_at) in windows:
                 index = windows.index((key, opened_at))
@@ -309,8 +309,8 @@ class Book:
     def _change_held(self, held: HeldAmount, change: Amount) -> HeldAmount:
         """Raise or lower a held amount, and its counter too, unless that window has closed."""
         if change:
-            self._change_counter(held, used=NO_AMOUNT, held=change)
-        return replace(held, amount=held.amount + change)
+            self._change_counter(held, freed=NO_AMOUNT - change)
+        return held._replace(amount=held.amount + change)
 
     def _end(
         self, operation: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome
@@ -323,32 +323,48 @@ class Book:
             return self._accepted(entry, _keys(entry))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
-        # Only the difference to what was charged before is added. Before an open call ends that is nothing. Example
-        # of an expired call: it was charged its hold, 100 + 400. Its process comes back and settles 90 + 60, so the
-        # counter changes by -10 and -340.
-        charged, charge = (
-            split_charge(entry.held_amounts, charge_of(used) if used else NO_AMOUNT) for used in (entry.usage, usage)
-        )
-        for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
-            change = NO_AMOUNT if self._was_reset_since_end(entry, held) else after - before
-            self._change_counter(held, used=change, held=NO_AMOUNT - held.amount if is_open else NO_AMOUNT)
-        freed = frozenset(_keys(entry)) if is_open else frozenset()
-        upstream = (
-            entry.labels.upstream if isinstance(operation, Expire) else operation.upstream or entry.labels.upstream
-        )
-        labels = replace(entry.labels, upstream=upstream, address="")
-        response_id = operation.response_id if isinstance(operation, Settle) else None
-        entry = replace(
-            entry,
-            labels=labels,
+        charge = split_charge(entry.held_amounts, charge_of(usage) if usage is not None else NO_AMOUNT)
+        if is_open:
+            for held, used in zip(entry.held_amounts, charge, strict=True):
+                self._change_counter(held, used=used, freed=held.amount)
+        else:
+            self._correct_charge(entry, charge)
+        labels = entry.labels
+        upstream = None if isinstance(operation, Expire) else operation.upstream
+        ended = Entry(
+            entry.id,
+            entry.owner,
+            CallLabels(
+                *(labels.user, labels.model, labels.endpoint, upstream or labels.upstream, labels.key_id, labels.tag)
+            ),
+            entry.admitted_via,
+            entry.reserved_at,
+            entry.hold,
+            entry.maximum,
+            entry.held_amounts,
+            entry.capped_by,
+            entry.would_refuse,
             state=state,
             ended_at=self._now,
             usage=usage,
             outcome=outcome,
-            response_id=response_id,
+            response_id=operation.response_id if isinstance(operation, Settle) else None,
         )
-        self._put_entry(entry)
-        return self._accepted(entry, _keys(entry), freed=freed)
+        self._put_entry(ended)
+        keys = _keys(ended)
+        return self._accepted(ended, keys, freed=frozenset(keys) if is_open else frozenset())
+
+    def _correct_charge(self, entry: Entry, charge: Sequence[Amount]) -> None:
+        """Add the difference to what an expired call was charged.
+
+        Example: it was charged its hold, 100 + 400. Its process comes back and settles 90 + 60, so the counter
+        changes by -10 and -340.
+        """
+        assert entry.usage is not None, "an expired call was charged"
+        charged = split_charge(entry.held_amounts, charge_of(entry.usage))
+        for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
+            if not self._was_reset_since_end(entry, held):
+                self._change_counter(held, used=after - before)
 
     def _restore(self, operation: Restore) -> Reply:
         entry = operation.entry
@@ -359,7 +375,7 @@ class Book:
             is_open = current is not None and current.is_open and current.window.is_open(self._now)
             if not is_open and lost is not None and lost.window.is_open(self._now):
                 self._put_counter(held.key, Counter(lost.window))
-            self._change_counter(held, used=NO_AMOUNT, held=held.amount)
+            self._change_counter(held, freed=NO_AMOUNT - held.amount)
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry))
 
@@ -373,24 +389,23 @@ class Book:
         counter = self.counters.get(held.key)
         return entry.ended_at is not None and counter is not None and counter.was_reset_since(entry.ended_at)
 
-    def _change_counter(self, of: HeldAmount, *, used: Amount, held: Amount) -> None:
-        """Add to what the counter of a held amount has used and holds."""
+    def _change_counter(self, of: HeldAmount, *, used: Amount = NO_AMOUNT, freed: Amount = NO_AMOUNT) -> None:
+        """Add to what the counter of a held amount has used, and subtract from what it holds."""
         counter = self.counters.get(of.key)
         if counter is None:
             return  # an operator has deleted the counter: only the entry has the usage
         if counter.window.opened_at != of.opened_at:
             # The next window has opened, so only the entry has the usage. What the call holds of concurrent
             # quantities was carried into that window.
-            used, held = NO_AMOUNT, held.concurrent_part()
-            if not held:
+            used, freed = NO_AMOUNT, freed.concurrent_part()
+            if freed == NO_AMOUNT:
                 return
-        # More can be subtracted than is used if the clock was set back between the end of a call and the reset of its
-        # counter: then the charge of an expired call seems to be in the counter still.
-        used = (counter.used + used).at_least_0() if min(used) < 0 else counter.used + used
-        self._put_counter(of.key, Counter(counter.window, used, counter.held + held, counter.reset_at))
-
-    def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
-        return counter_at(self._now, quota, self.counters.get(key))
+        used = counter.used + used
+        if min(used) < 0:
+            # More can be subtracted than is used if the clock was set back between the end of a call and the reset of
+            # its counter: then the charge of an expired call seems to be in the counter still.
+            used = used.at_least_0()
+        self._put_counter(of.key, Counter(counter.window, used, counter.held - freed, counter.reset_at))
 
     def _counter_of_call(self, key: CounterKey, quota: Quota) -> Counter:
         """The counter for a call in flight, whose rule may be older than the window.
@@ -402,28 +417,28 @@ class Book:
         counter = self.counters.get(key)
         if counter is not None and counter.is_open and counter.window.is_open(self._now):
             return counter
-        return self._counter_now(key, quota)
+        return counter_at(self._now, quota, counter)
 
     def _accepted(
         self,
         entry: Entry,
-        keys: list[CounterKey],
+        keys: Sequence[CounterKey],
         *,
         verdict: Verdict = Verdict.ALLOW,
         freed: frozenset[CounterKey] = frozenset(),
     ) -> Accepted:
         return Accepted(entry, self._counters_of(keys), verdict, freed, self._now)
 
-    def _counters_of(self, keys: list[CounterKey]) -> dict[CounterKey, Counter]:
-        return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}
+    def _counters_of(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
+        counters = self.counters
+        return {key: counter for key in keys if (counter := counters.get(key)) is not None}
 
     def _put_entry(self, entry: Entry) -> None:
         self.entries[entry.id] = entry
         self.entries_changed.add(entry.id)
 
     def _put_counter(self, key: CounterKey, counter: Counter) -> None:
-        self.counters[key] = counter
-        self.counters_changed.add(key)
+        self.counters[key] = self.counters_changed[key] = counter
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
@@ -456,8 +471,7 @@ def _new_entry(operation: Reserve, admitted: Admitted, now: int) -> Entry:
         hold=admitted.hold,
         maximum=admitted.maximum,
         held_amounts=tuple(
-            HeldAmount(hold.quota.key_for(operation.binding.user), hold.counter.window.opened_at, hold.amount)
-            for hold in admitted.holds
+            [HeldAmount(hold.key, hold.counter.window.opened_at, hold.amount) for hold in admitted.holds]
         ),
         capped_by=admitted.capped_by.id if admitted.capped_by else None,
         would_refuse=tuple(quota.id for quota in admitted.would_refuse),

@@ -16,7 +16,7 @@ This module is pure: no I/O and no clock.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from proxy.policy.amounts import Amount, Usage
 from proxy.policy.quota import CounterKey
@@ -37,13 +37,16 @@ Outcome = Literal[
 ]
 
 
-def is_recordable(text: str) -> bool:
-    """Whether a text can be a label of a call. A zero byte and a lone surrogate are not printable either."""
-    return len(text) <= 512 and text.isprintable()
+# The most characters of a label of a call.
+_LABEL_MAX = 512
 
 
-@dataclass(frozen=True, slots=True)
-class HeldAmount:
+def is_recordable(*texts: str) -> bool:
+    """Whether each text can be a label of a call. A zero byte and a lone surrogate are not printable either."""
+    return max(map(len, texts)) <= _LABEL_MAX and "".join(texts).isprintable()
+
+
+class HeldAmount(NamedTuple):
     """What an open call holds in one window of one counter. An ended call was charged to that window of that counter.
 
     `opened_at` (ms) names the window. A call has two held amounts of one counter if its hold grew in a later window
@@ -75,14 +78,15 @@ class CallLabels:
     address: str = ""
 
     def __post_init__(self) -> None:
-        for text in (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag, self.address):
-            if not is_recordable(text):
-                raise ValueError(f"not fit for the ledger: {text[:80]!r}")
+        texts = (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag, self.address)
+        if not is_recordable(*texts):
+            [text, *_] = (text for text in texts if not is_recordable(text))
+            raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """One call in the ledger. Instants are in ms.
+    """One call in the ledger. Instants are in ms. It is a value, and never changed, like a `Counter`.
 
     `hold` is what the call may use so far. `maximum` is the largest number of tokens that its answer may have; the
     hold of a stream grows up to it. It is None if no maximum is known. `usage` is what the call used; it is None

@@ -609,7 +609,7 @@ async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
     locked = await writer.lock_counters.fetch(subjects, quota_ids, ids)
     now = max(row[0] for row in locked)
     entries = {entry.id: entry for entry in map(entry_of, await writer.lock_calls.fetch(ids))}
-    return Book(counters_of(row[1:] for row in locked if row[1] is not None), entries, now)
+    return Book({**counters_of(row[1:] for row in locked if row[1] is not None)}, entries, now)
 
 
 def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:

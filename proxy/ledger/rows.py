@@ -54,7 +54,7 @@ def changes_of(book: Book, known: Iterable[str]) -> Changes:
     """What a batch has changed. `known` are the ids of the calls that were in the database before it."""
     entries, before, changed = book.entries, set(known), sorted(book.entries_changed)
     return Changes(
-        counters=[_counter_row(key, book.counters[key]) for key in sorted(book.counters_changed)],
+        counters=[_counter_row(key, book.counters_changed[key]) for key in sorted(book.counters_changed)],
         opened=[_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before],
         changed=[(*_changing_columns(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
     )

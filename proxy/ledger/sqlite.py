@@ -4,6 +4,12 @@ A batch is one synchronous function on one connection, in a thread of its own: l
 operations, write what changed, commit. This holds SQLite's write lock for 0.3 ms. One statement at a time through a
 busy event loop held it for 42 ms. Reads for display go through aiosqlite beside it.
 
+The statements of a batch are compiled once by SQLAlchemy and run on the driver's own connection. What a batch has
+loaded or written is kept in memory for the next ones: counters and open calls, the most recent of each. `PRAGMA
+data_version`, read when the batch has the lock, says whether another connection has changed the file: another worker,
+an administrator, or a program of the operator. Then all of it is forgotten, and also after any failure. So a batch
+never decides on what is not in the file.
+
 Two advisory locks (flock) on files beside the database coordinate processes:
 
 - `quotas.db.lock` is held while a store is open, so a second proxy on the same file is refused. It would take the
@@ -18,10 +24,12 @@ Two advisory locks (flock) on files beside the database coordinate processes:
 import asyncio
 import fcntl
 import os
+import sqlite3
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -31,10 +39,10 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from proxy.ledger.book import Book, Operation, Reply
 from proxy.ledger.entry import Entry, call_id_prefix
@@ -77,7 +85,19 @@ _BUSY_TIMEOUT_S = 5.0
 # Connections that read beside the batches: two for the directory's lookups, one for its polls, one for displays.
 _READERS = 4
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
-_REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
+_REFUSALS = (
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+    sqlite3.NotSupportedError,
+    sqlite3.ProgrammingError,
+)
+# Takes the write lock before the first read. A transaction that reads first and locks later would decide on counters
+# that another process changes in between.
+_BEGIN = "BEGIN IMMEDIATE"
+# How many counters and open calls are kept in memory. A counter takes about 0.6 kB and a call 1.5 kB.
+_COUNTERS_KEPT = 10_000
+_CALLS_KEPT = 4_000
 
 # --------------------------------------------------------------------------------------------------------- statements
 
@@ -124,7 +144,33 @@ DELETE_DAYS = (
 
 # -------------------------------------------------------------------------------------------------------------- store
 
+K = TypeVar("K")
 T = TypeVar("T")
+
+
+class _Recent(OrderedDict[K, T]):
+    """Up to `most` values, those that were put last. A batch takes what it needs, and puts it back at its end."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def take(self, keys: Iterable[K]) -> tuple[dict[K, T], list[K]]:
+        """Remove and return the values of these keys, and the keys that have none."""
+        found: dict[K, T] = {}
+        missing: list[K] = []
+        for key in keys:
+            if key in self:
+                found[key] = self.pop(key)
+            else:
+                missing.append(key)
+        return found, missing
+
+    def put(self, values: Mapping[K, T]) -> None:
+        """Add these values as the newest, and remove the oldest beyond the bound."""
+        self.update(values)
+        while len(self) > self._most:
+            self.popitem(last=False)
 
 
 class SqliteStore:
@@ -151,7 +197,8 @@ class SqliteStore:
         self._path = path.resolve()  # a file has one lock, whether it is opened by a link or by a relative path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         arguments = {"timeout": busy_timeout_s}
-        self._engine = create_engine(_url("sqlite", self._path), connect_args=arguments)
+        # One connection for all that the thread does. A second one would change the file behind what is kept.
+        self._engine = create_engine(_url("sqlite", self._path), connect_args=arguments, poolclass=StaticPool)
         self._read_engine = create_async_engine(
             _url("sqlite+aiosqlite", self._path),
             connect_args=arguments,
@@ -162,7 +209,11 @@ class SqliteStore:
         self._may_be_new = may_be_new and lock is None
         self._migrates = migrates
         self._sql = _Statements(self._engine.dialect)
-        self._opened_files: dict[str, tuple[int, int]] = {}
+        self._db: sqlite3.Connection | None = None  # that of the engine, which stays open
+        self._version: int | None = None  # of the file, when what is kept was read
+        self._counters: _Recent[CounterKey, Counter | None] = _Recent(_COUNTERS_KEPT)  # None: it has no row
+        self._calls: _Recent[str, Entry] = _Recent(_CALLS_KEPT)  # open ones
+        self._opened_files: list[tuple[str, str, tuple[int, int]]] = []  # suffix, name, device and inode
         self._is_only_process = lock is None
         self._lock_file = -1 if lock is None else lock
         self._turn_file = -1
@@ -219,9 +270,13 @@ class SqliteStore:
             os.ftruncate(self._lock_file, 0)
         # The connection that has migrated stays open, so SQLite does not delete the log and its index meanwhile.
         for suffix in _IN_USE:
-            found = stat_of(f"{self._path}{suffix}")
+            file = f"{self._path}{suffix}"
+            found = stat_of(file)
             if found is not None:
-                self._opened_files[suffix] = (found.st_dev, found.st_ino)
+                self._opened_files.append((suffix, file, (found.st_dev, found.st_ino)))
+        pooled = self._engine.raw_connection()
+        self._db = pooled.driver_connection
+        pooled.close()
 
     def _migrate(self, had_database: bool) -> None:
         has_database, has_log = (has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
@@ -275,9 +330,11 @@ class SqliteStore:
         a database is lost when the connection is closed, and what is written to such a log (`-wal`) if the process
         dies. Without the index (`-shm`) or the lock file, another process would know nothing of this one.
         """
-        for suffix, opened in self._opened_files.items():
-            file = f"{self._path}{suffix}"
-            found = stat_of(file)
+        for suffix, file, opened in self._opened_files:
+            try:
+                found = os.stat(file)
+            except OSError:
+                found = None
             if found is None or (found.st_dev, found.st_ino) != opened:
                 raise StoreUnavailable(f"{file} was moved, deleted or replaced while in use: {_IN_USE[suffix]}")
             if not suffix and not found.st_size:
@@ -343,36 +400,63 @@ class SqliteStore:
             fcntl.flock(self._turn_file, fcntl.LOCK_UN)
 
     def _apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        self._check_files()
-        with self._translated_errors(), self._engine.connect() as connection:
-            book = self._load(connection, operations, now)
+        assert self._db is not None, "the store is open"
+        is_committing = False
+        try:
+            self._check_files()
+            self._db.execute(_BEGIN)
+            if self._now is not None:
+                # It has waited for the lock, perhaps for a reset of these counters. What this batch does must not
+                # seem to be older than that.
+                now = self._now()
+            book = self._load(self._db, operations, now)
             known = list(book.entries)
             replies = [book.apply(operation) for operation in operations]
-            self._write(connection, book, known)
-            with self._translated_errors(is_uncertain=True):
-                connection.commit()
+            changes = changes_of(book, known)
+            for statement, rows in (
+                (self._sql.put_counters, changes.counters),
+                (self._sql.open_calls, changes.opened),
+                (self._sql.change_calls, changes.changed),
+            ):
+                if rows:
+                    self._db.executemany(statement, rows)
+            is_committing = True
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            self._forget()
+            with suppress(sqlite3.Error):  # if it fails, the next batch fails too, and tries it again
+                self._db.rollback()
+            if translated := self._translated(error, is_uncertain=is_committing):
+                raise translated from error
+            raise
+        self._counters.put(book.counters)
+        self._calls.put({entry.id: entry for entry in book.entries.values() if entry.state == "open"})
         return replies
 
-    def _load(self, connection: Connection, operations: Sequence[Operation], now: int) -> Book:
-        rows = connection.exec_driver_sql(self._sql.read_calls, _as_json([operation.id for operation in operations]))
-        if self._now is not None:
-            # The first statement has waited for the lock, perhaps for a reset of these counters. What this batch does
-            # must not seem to be older than that.
-            now = self._now()
-        entries = {entry.id: entry for entry in map(entry_of, rows.all())}
-        keys = keys_of(operations).union(held.key for entry in entries.values() for held in entry.held_amounts)
-        found = connection.exec_driver_sql(self._sql.read_counters, _as_json(sorted(keys)))
-        return Book(counters_of(found.all()), entries, now)
+    def _load(self, db: sqlite3.Connection, operations: Sequence[Operation], now: int) -> Book:
+        """What the operations touch: what was kept of it, and the rest from the file.
 
-    def _write(self, connection: Connection, book: Book, known: Sequence[str]) -> None:
-        changes = changes_of(book, known)
-        for statement, rows in (
-            (self._sql.put_counters, changes.counters),
-            (self._sql.open_calls, changes.opened),
-            (self._sql.change_calls, changes.changed),
-        ):
-            if rows:
-                connection.exec_driver_sql(statement, rows)
+        It is taken out of what is kept until it is committed. So nothing is kept that is not in the file.
+        """
+        [version] = db.execute("PRAGMA data_version").fetchone()
+        if version != self._version:
+            self._forget()
+            self._version = version
+        entries, ids = self._calls.take({operation.id for operation in operations})
+        if ids:
+            rows = db.execute(self._sql.read_calls, _as_json(ids))
+            entries |= {entry.id: entry for entry in map(entry_of, rows)}
+        keys = keys_of(operations)
+        keys.update(held.key for entry in entries.values() for held in entry.held_amounts)
+        counters, missing = self._counters.take(keys)
+        if missing:
+            counters |= dict.fromkeys(missing)
+            counters |= counters_of(db.execute(self._sql.read_counters, _as_json(missing)))
+        return Book(counters, entries, now)
+
+    def _forget(self) -> None:
+        self._counters.clear()
+        self._calls.clear()
 
     def _renew(self, row: dict[str, object]) -> None:
         self._check_files()
@@ -439,7 +523,7 @@ class SqliteStore:
         refuse_foreign_log(self._path)
         # Of the other files SQLite makes and deletes some while this process has no connection.
         found = self._path.stat()
-        self._opened_files = {"": (found.st_dev, found.st_ino)}
+        self._opened_files = [("", str(self._path), (found.st_dev, found.st_ino))]
         async with self.transaction() as connection:
             await connection.run_sync(check_schema, f"The database {self._path}")
 
@@ -468,7 +552,7 @@ class SqliteStore:
             # Not through `_change_engine`, which would change the journal mode of a backup.
             with self._translated_errors():
                 async with self._read_engine.connect() as connection:
-                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    await connection.exec_driver_sql(_BEGIN)
                     await connection.run_sync(check_schema, f"The database {self._path}", exactly=True)
                     yield connection
         finally:
@@ -483,28 +567,26 @@ class SqliteStore:
             await connection.run_sync(migrate, f"The database {self._path}")
             yield connection
 
-    def _translated_errors(self, *, is_uncertain: bool = False) -> "_TranslatedErrors":
-        return _TranslatedErrors(self._path, is_uncertain=is_uncertain)
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if translated := self._translated(error):
+                raise translated from error
+            raise
 
-
-class _TranslatedErrors:
-    """Turns SQLAlchemy's errors into StoreRefused (caused by a value) or StoreUnavailable (may be repeated)."""
-
-    def __init__(self, path: Path, *, is_uncertain: bool) -> None:
-        self._path = path
-        self._is_uncertain = is_uncertain
-
-    def __enter__(self) -> None:
+    def _translated(self, error: BaseException, *, is_uncertain: bool = False) -> Exception | None:
+        """StoreRefused (caused by a value) or StoreUnavailable (may be repeated) for an error of the database."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, _REFUSALS):
+            return StoreRefused(str(cause))
+        if isinstance(cause, sqlite3.Error):
+            text = f"{self._path} can't be used ({cause}): {remedy_of(cause)}"
+            return StoreUnavailable(text, is_uncertain=is_uncertain)
+        if isinstance(cause, PoolTimeout):
+            return StoreUnavailable(f"{self._path} is not read fast enough: check its disk")
         return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _REFUSALS):
-            raise StoreRefused(str(error.orig)) from error
-        if isinstance(error, DBAPIError):
-            text = f"{self._path} can't be used ({error.orig}): {remedy_of(error.orig)}"
-            raise StoreUnavailable(text, is_uncertain=self._is_uncertain) from error
-        if isinstance(error, PoolTimeout):
-            raise StoreUnavailable(f"{self._path} is not read fast enough: check its disk") from error
 
 
 def _url(driver: str, path: Path) -> URL:
@@ -526,11 +608,7 @@ def _configure(connection: Any, _: object) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    """Take the write lock before the first read.
-
-    A transaction that reads first and locks later would decide on counters that another process changes in between.
-    """
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql(_BEGIN)
 
 
 def _as_json(keys: Sequence[object]) -> tuple[str]:

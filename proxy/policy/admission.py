@@ -28,20 +28,23 @@ An `overdraft` lets an answer that has begun exceed the limit. It never admits a
 Pure: no clock, no SQL. Everything here is a value; nothing is changed in place.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
-from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount
+from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount, totals_of
 from proxy.policy.quota import (
     SMALLEST_PART,
+    Alternative,
     Binding,
     Counter,
     CounterKey,
     Demand,
-    GroupQuotas,
     Limit,
     Quota,
+    Rule,
+    Rules,
     counter_at,
 )
 
@@ -90,10 +93,10 @@ class Block:
         return self.needed - self.input <= maximum < self.input + max(1, maximum // SMALLEST_PART)
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """What an admitted call takes of one counter."""
+class Hold(NamedTuple):
+    """What an admitted call takes of one counter, which has this key."""
 
+    key: CounterKey
     quota: Quota
     counter: Counter
     amount: Amount
@@ -152,7 +155,7 @@ class NeedsCount:
     """The estimate of the input is too coarse for what is left: count its tokens and decide again."""
 
 
-Counters = Mapping[CounterKey, Counter]
+Counters = Mapping[CounterKey, Counter | None]  # None, or missing: nothing was ever used or held
 
 
 def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | NotAdmitted | NeedsCount:
@@ -163,23 +166,39 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
     The first alternative (see `Binding.alternatives`) that has room for all that the call asks for is taken. If none
     has, the one whose free tokens allow the longest answer is taken, also if the call has to wait for it.
     """
+    return decide_on(demand, binding, current_counters(binding, counters, now), now)
+
+
+def current_counters(binding: Binding, counters: Counters, now: int) -> list[Counter]:
+    """The counters of a binding at `now`, in the order of its quotas."""
+    return [
+        counter_at(now, quota, counters.get(key)) for quota, key in zip(binding.quotas, binding.keys(), strict=True)
+    ]
+
+
+def decide_on(
+    demand: Demand, binding: Binding, current: Sequence[Counter], now: int
+) -> Admitted | NotAdmitted | NeedsCount:
+    """`decide`, with the counters that `current_counters` found."""
     raised = binding.at(now)
-    current = {quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in raised.quotas}
-    best = _best_assessment(demand, raised, current)
-    if demand.is_estimated and _could_count_help(best, demand, raised, current):
+    rules = raised.rules(demand.uses)
+    levels = [(counter, totals_of(counter.used), totals_of(counter.held)) for counter in current]
+    best = _best_assessment(demand, demand.input, rules, levels)
+    if demand.is_estimated and _could_count_help(best, demand, rules, levels):
         return NeedsCount()
     if best.verdict is Verdict.ALLOW:
-        return _admit(best, demand, raised, current)
+        return _admit(best, demand, rules, levels, raised.keys())
     refused = NotAdmitted(best.verdict, best.worst_blocks())
-    if not binding.grants or refused.admissible_at is None:
+    reset_at = refused.admissible_at
+    if not binding.grants or reset_at is None:
         return refused
     # A grant can end before the reset, and a limit of which something was left is then lower. So the reset is true
     # only if the call would be admitted at it, or would wait for calls in flight. Each later decision is at a later
     # reset, until all grants have ended.
-    at_present = {quota.key_for(binding.user): current[quota.id] for quota in raised.quotas}
-    then = decide(demand, binding, at_present, refused.admissible_at)
+    later = [counter_at(reset_at, quota, counter) for quota, counter in zip(raised.quotas, current, strict=True)]
+    then = decide_on(demand, binding, later, reset_at)
     if isinstance(then, NotAdmitted) and then.verdict is not Verdict.BUSY:
-        return replace(refused, then=then)
+        return NotAdmitted(refused.verdict, refused.blocks, then)
     return refused
 
 
@@ -192,20 +211,20 @@ def hold_of(quota: Quota, whole: Amount) -> Amount:
     return Amount(requests=whole.requests) if quota.enforce == "after" else whole
 
 
-@dataclass(frozen=True, slots=True)
+# The counter at a position, and the totals of what is used and held of it.
+_Level = tuple[Counter, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(slots=True)
 class _Assessment:
     """How one alternative takes a call: `output` is the longest answer that it has room for."""
 
-    alternative: GroupQuotas
+    alternative: Alternative
     verdict: Verdict
     output: int
     hold: Amount
-    blocks: tuple[Block, ...]
+    blocks: list[Block]
     capped_by: Quota | None
-
-    def allows_all(self, demand: Demand) -> bool:
-        """Whether it admits the call with all that it asks for."""
-        return self.verdict is Verdict.ALLOW and self.output == demand.output_maximum
 
     def rank(self) -> tuple[int, int, int]:
         """The smallest rank is the best: first those that admit the call now or soon, the longest answer first.
@@ -230,154 +249,150 @@ class _Assessment:
         return tuple(block for block in self.blocks if block.verdict is self.verdict)
 
 
-def _best_assessment(demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> _Assessment:
-    assessments = [_assess(alternative, demand, current) for alternative in binding.alternatives()]
+def _best_assessment(demand: Demand, input_tokens: int, rules: Rules, levels: Sequence[_Level]) -> _Assessment:
+    assessments = []
+    for alternative in rules.alternatives:
+        assessment = _assess(alternative, demand, input_tokens, levels)
+        if assessment.verdict is Verdict.ALLOW and assessment.output == demand.output_maximum:
+            return assessment  # it admits the call with all that it asks for
+        assessments.append(assessment)
     # `min` keeps the first of equals, so the policy's order of groups decides between them.
-    return next((each for each in assessments if each.allows_all(demand)), None) or min(
-        assessments, key=_Assessment.rank
-    )
+    return min(assessments, key=_Assessment.rank)
 
 
-def _assess(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Counter]) -> _Assessment:
-    """How a set of quotas that must all have room takes this call."""
+def _assess(alternative: Alternative, demand: Demand, input_tokens: int, levels: Sequence[_Level]) -> _Assessment:
+    """How a set of quotas that must all have room takes a call with so many tokens of input."""
     # The answer is cut to the tightest quota first, and the hold for that answer is then checked against each of
     # them. Example: the daily quota has 200 tokens free and the hourly one 300, of which other calls hold 101. A call
     # with 50 tokens of input can have 150 of output, holds 200, and waits for the hourly quota, which has 199
     # available.
-    smallest = demand.smallest_within(min((quota.answer_limit for quota in alternative.quotas), default=TOKENS_MAX))
-    if smallest < demand.smallest:
-        # A stream that asks for no more than the usual smallest answer holds all of it at once, as elsewhere.
-        begins_small = demand.grows and demand.smallest < demand.output_maximum
-        initial_hold = min(demand.initial_hold, smallest) if begins_small else demand.initial_hold
-        demand = replace(demand, smallest=smallest, initial_hold=initial_hold)
-    output, capped_by = demand.output_maximum, None
-    for quota in alternative.quotas:
-        longest = _longest_output(quota, current[quota.id], demand)
-        if longest < output:
-            output, capped_by = longest, quota
-    hidden_input = _hidden_input_hold(alternative, demand, current, output)
-    hold = call_amount(demand.input + hidden_input, min(output, demand.initial_hold))
-    blocks = tuple(block for quota in alternative.quotas for block in _blocks(quota, current[quota.id], demand, hold))
-    verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
+    initial_hold, output, capped_by = demand.initial_hold, demand.output_maximum, None
+    smallest = demand.smallest_within(alternative.answer_limit)
+    # A stream that asks for no more than the usual smallest answer holds all of it at once, as elsewhere.
+    if smallest < demand.smallest < output and demand.grows:
+        initial_hold = min(initial_hold, smallest)
+    for quota, position, is_after, limits, _ in alternative.rules:
+        if is_after:
+            continue
+        used = levels[position][1]
+        for _, measure, _, ceiling, counts_input, counts_output in limits:
+            if counts_output:
+                # The longest answer that fits into what is free of this limit, up to the overdraft.
+                longest = max(0, ceiling - used[measure] - (input_tokens if counts_input else 0))
+                if longest < output:
+                    output, capped_by = longest, quota
+    hidden_input = demand.hidden_input and _hidden_input_hold(alternative, demand, input_tokens, output, levels)
+    hold = call_amount(input_tokens + hidden_input, min(output, initial_hold))
+    blocks = _blocks(alternative.rules, levels, input_tokens, smallest, totals_of(hold))
+    verdict = max([block.verdict for block in blocks]) if blocks else Verdict.ALLOW
     return _Assessment(alternative, verdict, output, hold, blocks, capped_by)
 
 
-def _longest_output(quota: Quota, counter: Counter, demand: Demand) -> int:
-    """The longest answer that fits into what is free of this quota, up to the overdraft."""
-    if quota.enforce == "after":
-        return demand.output_maximum
-    candidates = [demand.output_maximum]
-    for limit in quota.limits:
-        if limit.measure.counts_output and demand.bounds(limit):
-            input_tokens = demand.input if limit.measure.counts_input else 0
-            candidates.append(quota.ceiling(limit) - counter.used.of(limit.measure) - input_tokens)
-    return max(0, min(candidates))
-
-
-def _hidden_input_hold(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Counter], output: int) -> int:
+def _hidden_input_hold(
+    alternative: Alternative, demand: Demand, input_tokens: int, output: int, levels: Sequence[_Level]
+) -> int:
     """How many tokens are held for input that the request does not show, such as stored files.
 
     Its size is not known, so it only takes what is free after the shown input and the whole answer: it refuses no
     call and shortens no answer. With 1,000 tokens free, 100 of input and 400 of output, up to 500 are held.
     """
     candidates = [demand.hidden_input]
-    for quota in alternative.quotas if demand.hidden_input else ():
-        for limit in quota.limits if quota.enforce != "after" else ():
-            if limit.measure.counts_input:
-                taken = demand.input + (output if limit.measure.counts_output else 0)
-                candidates.append(limit.maximum - current[quota.id].used.of(limit.measure) - taken)
+    for rule in alternative.rules:
+        used = levels[rule.position][1]
+        for limit in rule.input_limits if not rule.is_after else ():
+            taken = input_tokens + (output if limit.counts_output else 0)
+            candidates.append(limit.maximum - used[limit.measure] - taken)
     return max(0, min(candidates))
 
 
-def _could_count_help(best: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> bool:
+def _could_count_help(best: _Assessment, demand: Demand, rules: Rules, levels: Sequence[_Level]) -> bool:
     """Whether the tokens of an estimated input should be counted before the call is decided on.
 
     They should if the estimate takes a large part of what is available to others, and if the call would be refused,
     delayed or shortened because of it. They should not if that would happen even with no input at all.
     """
-    if best.allows_all(demand):
-        return any(_is_large_part(quota, current[quota.id], demand) for quota in binding.quotas)
-    without_input = _best_assessment(replace(demand, input=0), binding, current)
+    if best.verdict is Verdict.ALLOW and best.output == demand.output_maximum:
+        least_available = demand.input * _COUNTED_PART
+        for rule in rules.exact:
+            _, used, held = levels[rule.position]
+            for _, measure, maximum, *_ in rule.input_limits:
+                # A quota in which nothing is free is left out. The call is admitted without it, and is not counted
+                # in it.
+                if 0 < maximum - used[measure] < least_available + held[measure]:
+                    return True
+        return False
+    without_input = _best_assessment(demand, 0, rules, levels)
     return without_input.verdict < best.verdict or without_input.output > best.output
 
 
-def _is_large_part(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    # A quota in which nothing is free is left out. The call is admitted without it, and is not counted in it.
-    least_available = demand.input * _COUNTED_PART
-    return quota.enforce == "exact" and any(
-        0 < limit.maximum - counter.used.of(limit.measure) < least_available + counter.held.of(limit.measure)
-        for limit in quota.limits
-        if limit.measure.counts_input
-    )
-
-
-def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> list[Block]:
-    least, blocks = demand.least, []
-    for limit in quota.limits:
-        if demand.bounds(limit):
-            needed = least.of(limit.measure)
-            verdict = _verdict(quota, limit, counter, needed, hold.of(limit.measure))
-            if verdict is not Verdict.ALLOW:
-                input_tokens = demand.input if limit.measure.counts_input else 0
-                blocks.append(Block(quota, counter, limit, verdict, needed, input_tokens))
+def _blocks(
+    rules: Sequence[Rule], levels: Sequence[_Level], input_tokens: int, smallest: int, hold: tuple[int, ...]
+) -> list[Block]:
+    """The limits that do not admit a call which needs this input and this answer at least, and holds this."""
+    needed = totals_of(call_amount(input_tokens, smallest))
+    blocks = []
+    for quota, position, is_after, limits, _ in rules:
+        counter, used, held = levels[position]
+        for limit, measure, maximum, ceiling, counts_input, _ in limits:
+            least = needed[measure]
+            free = maximum - used[measure]
+            if is_after:
+                if free > 0:
+                    continue
+                verdict = Verdict.EXHAUSTED
+            # NEVER comes first: a call that no reset can admit must not be told to wait for one. A limit of 0 is a
+            # switch that is off, not a call that is too large.
+            elif least > maximum > 0:
+                verdict = Verdict.NEVER
+            # The smallest answer must fit below the limit itself. With 1,000 of 1,000 tokens used, a call is refused
+            # whatever the overdraft is, even one that takes nothing.
+            elif free <= 0 or least > free:
+                verdict = Verdict.EXHAUSTED
+            # The hold may use the overdraft. With limit 1,000, overdraft 200 and 900 used, a call that needs at least
+            # 100 may hold 300.
+            elif hold[measure] > ceiling - used[measure] - held[measure]:
+                verdict = Verdict.BUSY
+            else:
+                continue
+            blocks.append(Block(quota, counter, limit, verdict, least, input_tokens if counts_input else 0))
     return blocks
 
 
-def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int) -> Verdict:
-    used = counter.used.of(limit.measure)
-    free = limit.maximum - used
-    if quota.enforce == "after":
-        return Verdict.ALLOW if free > 0 else Verdict.EXHAUSTED
-    # NEVER comes first: a call that no reset can admit must not be told to wait for one. A limit of 0 is a switch
-    # that is off, not a call that is too large.
-    if least > limit.maximum > 0:
-        return Verdict.NEVER
-    # The smallest answer must fit below the limit itself. With 1,000 of 1,000 tokens used, a call is refused
-    # whatever the overdraft is, even one that takes nothing.
-    if free <= 0 or least > free:
-        return Verdict.EXHAUSTED
-    # The hold may use the overdraft. With limit 1,000, overdraft 200 and 900 used, a call that needs at least 100
-    # may hold 300.
-    available = quota.ceiling(limit) - used - counter.held.of(limit.measure)
-    return Verdict.BUSY if hold > available else Verdict.ALLOW
-
-
-def _admit(chosen: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> Admitted:
-    hold = chosen.hold
-    # An additional quota must carry the whole hold below its limit, without the overdraft. That is the hold which the
-    # call gets, not what it asked for. Example: a call asks for 4,000 tokens, and the group that admits it has 100
-    # free, so it holds 100. It is also counted in the quota of another group that has 100 available.
-    whole_hold = replace(demand, smallest=hold.output)
-    own_ids = {quota.id for quota in chosen.alternative.quotas}
-    # Shared quotas are left out. `team` shares 5M tokens among its members: a member whom `staff` can serve does not
-    # use them up for the others.
-    additional = [
-        quota
-        for group in binding.groups
-        for quota in group.quotas
-        if quota.id not in own_ids and not quota.shared and not _blocks(quota, current[quota.id], whole_hold, hold)
-    ]
-    # A call that a quota in shadow would have refused is reported and not counted in it, so its counter shows what it
-    # would be if the quota were enforced.
-    refusing_shadows = [quota for quota in binding.shadows if _would_refuse(quota, current[quota.id], demand)]
-    counting_shadows = [quota for quota in binding.shadows if quota not in refusing_shadows]
+def _admit(
+    chosen: _Assessment, demand: Demand, rules: Rules, levels: Sequence[_Level], keys: Sequence[CounterKey]
+) -> Admitted:
+    alternative, hold = chosen.alternative, chosen.hold
+    counting = [*alternative.rules]
+    would_refuse = []
+    if alternative.additional:
+        # An additional quota must carry the whole hold below its limit, without the overdraft. That is the hold which
+        # the call gets, not what it asked for. Example: a call asks for 4,000 tokens, and the group that admits it
+        # has 100 free, so it holds 100. It is also counted in the quota of another group that has 100 available.
+        totals = totals_of(hold)
+        for rule in alternative.additional:
+            if not _blocks((rule,), levels, demand.input, hold.output, totals):
+                counting.append(rule)
+    for shadow in rules.shadows:
+        # A call that a quota in shadow would have refused is reported and not counted in it, so its counter shows
+        # what it would be if the quota were enforced. BUSY is no refusal: the call would only have waited.
+        if _assess(shadow, demand, demand.input, levels).verdict > Verdict.BUSY:
+            would_refuse.append(shadow.rules[0].quota)
+        else:
+            counting.append(shadow.rules[0])
     return Admitted(
-        admitted_via=chosen.alternative.group,
+        admitted_via=alternative.group,
         hold=hold,
         maximum=None if demand.is_unbounded and chosen.capped_by is None else chosen.output,
         holds=tuple(
-            Hold(quota, current[quota.id], hold_of(quota, hold))
-            for quota in (*chosen.alternative.quotas, *additional, *counting_shadows)
-            if quota.counts(demand.uses)
+            [
+                Hold(keys[rule.position], rule.quota, levels[rule.position][0], hold_of(rule.quota, hold))
+                for rule in counting
+                if rule.limits
+            ]
         ),
         capped_by=chosen.capped_by,
-        would_refuse=tuple(refusing_shadows),
+        would_refuse=tuple(would_refuse),
     )
-
-
-def _would_refuse(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    """Whether a quota in shadow would have refused the call. BUSY is no refusal: the call would only have waited."""
-    return _assess(GroupQuotas(quota.group, (quota,)), demand, {quota.id: counter}).verdict > Verdict.BUSY
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +446,9 @@ def increase_hold(
     ]
     amount = Amount(output=output)
     increased = [quota for quota in (*limiting, *not_limiting) if quota not in not_increased]
-    holds = tuple(Hold(quota, current[quota.id], hold_of(quota, amount)) for quota in increased)
+    holds = tuple(
+        Hold(quota.key_for(binding.user), quota, current[quota.id], hold_of(quota, amount)) for quota in increased
+    )
     return HoldIncrease(output, verdict, holds, tuple(not_increased))
 
 

@@ -7,9 +7,9 @@ Two tables stand at the top, and every other module goes by them:
 
 What a call can use at all is one of the rows of `Uses`. Only limits that count some of it bind the call.
 
-To add a measure, add its row here and its key in quotas.yaml to `config.schema.Quota`. If no quantity has it yet, add
-that too, a migration with the columns `used_<quantity>` and `held_<quantity>`, which calls use it (`Uses`), and how
-much one call holds and is charged of it (`call_amount` and `charge_of`).
+To add a measure, add its row here, its number to `totals_of`, and its key in quotas.yaml to `config.schema.Quota`. If
+no quantity has it yet, add that too, a migration with the columns `used_<quantity>` and `held_<quantity>`, which
+calls use it (`Uses`), and how much one call holds and is charged of it (`call_amount` and `charge_of`).
 
 The usage of a call is never a bare number, but says how it is known: `Exactly` (the upstream reported it), `AtLeast`
 (the upstream's report never came, so the proxy counted what passed) or `Unspent` (nothing was generated). So a stream
@@ -67,7 +67,7 @@ class Amount(NamedTuple):
 
     def concurrent_part(self) -> "Amount":
         """The same amount with only the quantities of CONCURRENT."""
-        return Amount(**{quantity: getattr(self, quantity) for quantity in CONCURRENT})
+        return Amount(**{quantity: getattr(self, quantity) for quantity in CONCURRENT}) if CONCURRENT else NO_AMOUNT
 
 
 QUANTITIES = Amount._fields
@@ -99,6 +99,7 @@ class Measure(StrEnum):
     - `quantities`: the fields of `Amount` that add to it.
     - `is_concurrent`: whether calls only hold it while they are in flight (see CONCURRENT).
     - `total`: its number in an amount.
+    - `position`: where `totals_of` has its number.
     """
 
     TOKENS = "tokens", "tokens", "token", "tokens", ("input", "output")
@@ -114,6 +115,7 @@ class Measure(StrEnum):
     quantities: tuple[str, ...]
     is_concurrent: bool
     total: Callable[[Amount], int]
+    position: int
 
     def __new__(cls, key: str, unit: str, singular: str, family: Family, quantities: tuple[str, ...]) -> "Measure":
         """One row of the table: the key, the unit, its singular, the family, and the quantities that are added up."""
@@ -124,6 +126,7 @@ class Measure(StrEnum):
         self.quantities = quantities
         self.is_concurrent = not CONCURRENT.isdisjoint(quantities)
         self.total = _total([QUANTITIES.index(quantity) for quantity in quantities])
+        self.position = len(cls.__members__)
         return self
 
 
@@ -160,6 +163,11 @@ class Uses(Enum):
         """What a call can use that can use either."""
         both = {*self.value, *other.value}
         return next(each for each in Uses if both == set(each.value))
+
+
+def totals_of(amount: Amount) -> tuple[int, ...]:
+    """The numbers of all measures in an amount, by their positions: decisions compare dozens of them with limits."""
+    return (amount[0] + amount[1], *amount)
 
 
 def call_amount(input_tokens: int, output_tokens: int) -> Amount:

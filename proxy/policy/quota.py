@@ -5,12 +5,12 @@ is changed in place.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
-from typing import Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses, call_amount
+from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses
 from proxy.policy.catalog import MatchedName
 from proxy.policy.windows import Per, Window
 
@@ -20,6 +20,8 @@ CounterKey = tuple[str, str]
 # The smallest answer is at most the smallest limit divided by this. Otherwise a quota of 1,000 tokens would refuse
 # every call that states no maximum.
 SMALLEST_PART = 10
+# For how many sets of groups the same quotas are narrowed once, for keys that are limited to them.
+_NARROWED_MAX = 64
 # What the subject of a user's own counters begins with.
 _USER = "user:"
 
@@ -156,9 +158,12 @@ class Quota:
     # The smallest of its limits that an answer must fit into; TOKENS_MAX if it bounds no answer. Grants do not raise
     # it: a call that is refused while a grant runs would otherwise be admitted when the grant ends.
     answer_limit: int = field(init=False, repr=False, compare=False)
+    # The key of its one counter if it is shared.
+    shared_key: CounterKey | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
+        object.__setattr__(self, "shared_key", (shared_subject(self.group), self.id) if self.shared else None)
         window_limits = tuple(limit for limit in self.limits if not limit.measure.is_concurrent)
         object.__setattr__(self, "window_limits", window_limits)
         of_answers = [limit.maximum for limit in self.limits if limit.measure.counts_output]
@@ -214,13 +219,14 @@ class Quota:
 
         The prefixes also keep subjects apart: a user called "~art" is "user:~art".
         """
-        return (shared_subject(self.group) if self.shared else user_subject(user), self.id)
+        return self.shared_key or (user_subject(user), self.id)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Counter:
     """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window.
 
+    It is a value like all others here. It is not declared frozen, because making it would take four times as long.
     `reset_at` is when an administrator last set what is used to 0 (ms); 0: never.
     """
 
@@ -236,8 +242,10 @@ class Counter:
         What is held of concurrent quantities does not count, because a call of an earlier window may hold it. A
         window that was reset stays open until its end, although nothing is used in it.
         """
-        return bool(
-            self.used or self.held - self.held.concurrent_part() or self.was_reset_since(self.window.opened_at)
+        return (
+            self.used != NO_AMOUNT
+            or (self.held != NO_AMOUNT and self.held != self.held.concurrent_part())
+            or self.was_reset_since(self.window.opened_at)
         )
 
     def was_reset_since(self, instant: int) -> bool:
@@ -262,14 +270,15 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     A new window begins with what calls in flight hold of concurrent quantities. With `per: hour` and a limit of two
     calls at once, a call from 11:59 to 12:03 takes one of the two places until 12:03.
     """
-    opening = quota.per.opening(now)
     if counter is None:
-        return Counter(opening)
+        return Counter(quota.per.opening(now))
     last = counter.window
-    if last.is_open(now) and (counter.is_open or now < last.opened_at):
-        if last.resets_at <= opening.resets_at:
+    if now < last.resets_at and (counter.is_open or now < last.opened_at):
+        end = quota.per.end(now)
+        if last.resets_at <= end:
             return counter
-        return replace(counter, window=Window(last.opened_at, opening.resets_at))
+        return Counter(Window(last.opened_at, end), counter.used, counter.held, counter.reset_at)
+    opening = quota.per.opening(now)
     # A new window opens, but not before
     # - the opening of the last window, if that has not ended but nothing is used or held in it;
     # - the end of the last window, if that has passed. Example: `per: hour` becomes `day` at 12:00, and the hour from
@@ -323,15 +332,6 @@ class Demand:
         """
         return min(self.smallest, self.fixed + max(self.floor, limit // SMALLEST_PART))
 
-    def bounds(self, limit: Limit) -> bool:
-        """Whether this limit binds this call: whether it counts something that the call can use."""
-        return limit.measure in self.uses.measures
-
-    @property
-    def least(self) -> Amount:
-        """The least that this call takes: its input and the smallest answer."""
-        return call_amount(self.input, self.smallest)
-
 
 @dataclass(frozen=True, slots=True)
 class GroupQuotas:
@@ -339,6 +339,113 @@ class GroupQuotas:
 
     group: str
     quotas: tuple[Quota, ...]
+
+
+class BoundLimit(NamedTuple):
+    """A limit in a decision. `measure` is the position of its number in `totals_of`."""
+
+    limit: Limit
+    measure: int
+    maximum: int
+    ceiling: int
+    counts_input: bool
+    counts_output: bool
+
+
+class Rule(NamedTuple):
+    """A quota in a decision.
+
+    `position` is that of the quota in `CombinedQuotas.quotas`, and of its counter. `limits` are those that bind the
+    call: they count something that it can use. `input_limits` are all that count input.
+    """
+
+    quota: Quota
+    position: int
+    is_after: bool
+    limits: tuple[BoundLimit, ...]
+    input_limits: tuple[BoundLimit, ...]
+
+
+class Alternative(NamedTuple):
+    """Rules that must all have room.
+
+    The `additional` rules are those of other groups, which count the call if they can. `answer_limit` is the smallest
+    limit that an answer must fit into.
+    """
+
+    group: str
+    rules: tuple[Rule, ...]
+    additional: tuple[Rule, ...]
+    answer_limit: int
+
+
+class Rules:
+    """All that decisions on calls of one kind read of the quotas that bind them: it is made once, and is flat.
+
+    `exact` are the quotas with `enforce: exact`, and each of `shadows` is a quota in shadow by itself.
+    """
+
+    __slots__ = ("alternatives", "exact", "shadows")
+
+    def __init__(self, quotas: "CombinedQuotas", uses: Uses) -> None:
+        rules = [_rule(quota, position, uses) for position, quota in enumerate(quotas.quotas)]
+        rule_of = {id(rule.quota): rule for rule in rules}
+        in_groups = [rule_of[id(quota)] for group in quotas.groups for quota in group.quotas]
+        self.alternatives = tuple(
+            _alternative(each.group, [rule_of[id(quota)] for quota in each.quotas], in_groups)
+            for each in quotas.alternatives()
+        )
+        self.exact = tuple(rule for rule in rules if rule.quota.enforce == "exact")
+        self.shadows = tuple(_alternative(quota.group, [rule_of[id(quota)]], ()) for quota in quotas.shadows)
+
+
+def _rule(quota: Quota, position: int, uses: Uses) -> Rule:
+    limits = [
+        BoundLimit(
+            limit,
+            limit.measure.position,
+            limit.maximum,
+            quota.ceiling(limit),
+            limit.measure.counts_input,
+            limit.measure.counts_output,
+        )
+        for limit in quota.limits
+    ]
+    return Rule(
+        quota,
+        position,
+        quota.enforce == "after",
+        tuple(each for each in limits if each.limit.measure in uses.measures),
+        tuple(each for each in limits if each.counts_input),
+    )
+
+
+def _alternative(group: str, rules: Sequence[Rule], in_groups: Iterable[Rule]) -> Alternative:
+    # Shared quotas are never additional. `team` shares 5M tokens among its members: a member whom `staff` can serve
+    # does not use them up for the others.
+    own = {rule.quota.id for rule in rules}
+    additional = tuple(rule for rule in in_groups if rule.quota.id not in own and not rule.quota.shared)
+    return Alternative(
+        group, tuple(rules), additional, min((rule.quota.answer_limit for rule in rules), default=TOKENS_MAX)
+    )
+
+
+class _Common:
+    """What is computed once for quotas that bind together, and is the same for all users whom they bind."""
+
+    __slots__ = ("alternatives", "narrowed", "quotas", "rules")
+
+    def __init__(self, of: "CombinedQuotas") -> None:
+        in_groups = tuple(quota for group in of.groups for quota in group.quotas)
+        self.quotas = of.always + in_groups + of.shadows
+        if of.combine == "every_group" and of.groups:
+            together = GroupQuotas("+".join(group.group for group in of.groups), of.always + in_groups)
+            self.alternatives: tuple[GroupQuotas, ...] = (together,)
+        else:
+            own = tuple(GroupQuotas(group.group, of.always + group.quotas) for group in of.groups)
+            self.alternatives = own or (GroupQuotas("everyone", of.always),)
+        self.rules: dict[Uses, Rules] = {}
+        self.narrowed: dict[tuple[str, ...], Any] = {}  # by the names of the groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,23 +461,49 @@ class CombinedQuotas:
     groups: tuple[GroupQuotas, ...] = ()
     shadows: tuple[Quota, ...] = ()
     combine: Combine = "any_group"
+    _common: _Common | None = field(default=None, init=False, repr=False, compare=False)
 
     def narrowed(self, groups: Collection[str]) -> Self | None:
         """The same with these groups alone: what a key binds that is limited to them. None if none of them applies.
 
         With `every_group` all groups still bind, because a group that is left out would take a limit away.
         """
-        kept = tuple(group for group in self.groups if group.group in groups)
+        kept = tuple([group for group in self.groups if group.group in groups])
         if not kept:
             return None
-        return self if self.combine == "every_group" else replace(self, groups=kept)
+        if self.combine == "every_group":
+            return self
+        narrowed, names = self.common.narrowed, tuple([group.group for group in kept])
+        if names not in narrowed:
+            if len(narrowed) >= _NARROWED_MAX:
+                narrowed.clear()
+            narrowed[names] = replace(self, groups=kept)
+        found: Self = narrowed[names]
+        return found
+
+    @property
+    def common(self) -> _Common:
+        """What is the same for all users whom these quotas bind."""
+        common = self._common
+        if common is None:
+            common = _Common(self)
+            object.__setattr__(self, "_common", common)
+        return common
 
     @property
     def quotas(self) -> tuple[Quota, ...]:
         """All of its quotas, each once."""
-        return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
+        return self.common.quotas
 
-    def alternatives(self) -> list[GroupQuotas]:
+    def rules(self, uses: Uses) -> Rules:
+        """What decisions on calls that use this read of these quotas."""
+        rules = self.common.rules
+        found = rules.get(uses)
+        if found is None:
+            found = rules[uses] = Rules(self, uses)
+        return found
+
+    def alternatives(self) -> tuple[GroupQuotas, ...]:
         """The sets of quotas of which one must have room as a whole.
 
         A user of `staff` (100k a day) and `lab` (200k a day), with a quota of everyone (1M a month):
@@ -381,11 +514,7 @@ class CombinedQuotas:
         An unlimited group is a set with the quotas of everyone alone. With `any_group` it admits what the others
         cannot; with `every_group` it adds nothing, and the other groups still bind.
         """
-        if self.combine == "every_group" and self.groups:
-            together = tuple(quota for group in self.groups for quota in group.quotas)
-            return [GroupQuotas("+".join(group.group for group in self.groups), self.always + together)]
-        own = [GroupQuotas(group.group, self.always + group.quotas) for group in self.groups]
-        return own or [GroupQuotas("everyone", self.always)]
+        return self.common.alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +529,9 @@ class BoundQuotas(CombinedQuotas):
     def for_user(self, name: str) -> "Binding":
         """The binding of one of these users."""
         grants = grants_of_user(self.grants, name) if self.grants else {}
-        return Binding(self.always, self.groups, self.shadows, self.combine, user=name, grants=grants)
+        binding = Binding(self.always, self.groups, self.shadows, self.combine, user=name, grants=grants)
+        object.__setattr__(binding, "_common", self.common)
+        return binding
 
     def closing(self, is_closed: Callable[[Quota], bool]) -> tuple[Quota, ...]:
         """The quotas of which `is_closed` says that they refuse every call of a kind, because of limits of 0.
@@ -423,10 +554,16 @@ class Binding(CombinedQuotas):
 
     user: str = field(kw_only=True)
     grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=dict, hash=False, kw_only=True)
+    _keys: tuple[CounterKey, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
-    def keys(self) -> list[CounterKey]:
-        """The keys of the counters that a decision reads."""
-        return [quota.key_for(self.user) for quota in self.quotas]
+    def keys(self) -> tuple[CounterKey, ...]:
+        """The keys of the counters that a decision reads, in the order of `quotas`."""
+        keys = self._keys
+        if keys is None:
+            subject = user_subject(self.user)
+            keys = tuple([quota.shared_key or (subject, quota.id) for quota in self.quotas])
+            object.__setattr__(self, "_keys", keys)
+        return keys
 
     def at(self, now: int) -> "Binding":
         """The binding with the limits that are in force at `now` (ms): raised by the grants that run then.

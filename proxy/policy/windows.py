@@ -60,6 +60,10 @@ class Duration:
         """The window that a call admitted at `now` opens."""
         return Window(now, now + self.length_ms)
 
+    def end(self, now: int) -> int:
+        """When the window ends that a call admitted at `now` opens."""
+        return now + self.length_ms
+
 
 @dataclass(frozen=True, slots=True)
 class Calendar:
@@ -79,6 +83,10 @@ class Calendar:
             window = self._interval(now)
             object.__setattr__(self, "_last", window)
         return window
+
+    def end(self, now: int) -> int:
+        """When the calendar interval ends that contains `now`."""
+        return self.opening(now).resets_at
 
     def _interval(self, now: int) -> Window:
         if self.text in ("minute", "hour"):

@@ -1,7 +1,6 @@
 """What is known of the calls of a process: the newest state of everything, in bounded memory."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from proxy.calls import activity as module
@@ -40,8 +39,8 @@ class Process:
         self.now = NOON
         self.quotas = {each.id: each for each in quotas}
         self.activity = Activity(now=lambda: self.now, quota_of=lambda key, at: self.quotas.get(key[1]), **more)
-        self.counters: Mapping[CounterKey, Counter] = {}
-        self.entries: Mapping[str, Any] = {}
+        self.counters: dict[CounterKey, Counter | None] = {}
+        self.entries: dict[str, Any] = {}
 
     def apply(self, operation: Any) -> Any:
         """Have the book decide, and tell the activity, as the ledger does."""

@@ -59,7 +59,7 @@ class InMemoryLedger:
         self.now = now
 
     def apply(self, *operations: Operation) -> list[Reply]:
-        book = Book(self.counters, self.entries, self.now)
+        book = Book(dict(self.counters), dict(self.entries), self.now)
         replies = [book.apply(operation) for operation in operations]
         self.counters |= {key: book.counters[key] for key in book.counters_changed}
         self.entries |= {entry_id: book.entries[entry_id] for entry_id in book.entries_changed}
@@ -251,7 +251,7 @@ def test_a_refused_call_changes_nothing():
     assert isinstance(reply, Refused)
     assert reply.decision.verdict is Verdict.EXHAUSTED
     assert reply.counters == book.counters == before
-    assert (book.entries, book.entries_changed, book.counters_changed) == ({}, set(), set())
+    assert (book.entries, book.entries_changed, book.counters_changed) == ({}, set(), {})
 
 
 def test_a_call_whose_input_must_be_counted_first_changes_nothing():

@@ -115,7 +115,7 @@ class InMemory:
         self._entries: dict[str, Entry] = {}
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        book = Book(self._counters, self._entries, now)
+        book = Book(dict(self._counters), dict(self._entries), now)
         replies = [book.apply(operation) for operation in operations]
         self._counters |= {key: book.counters[key] for key in book.counters_changed}
         self._entries |= {entry_id: book.entries[entry_id] for entry_id in book.entries_changed}

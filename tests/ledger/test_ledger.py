@@ -44,7 +44,17 @@ from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests import exposition
 from tests.audit import audit, connected, contents, rows, states
-from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unchecked, writers
+from tests.breakage import (
+    BrokenBinding,
+    failing_writes,
+    full,
+    locked,
+    moved,
+    read_only,
+    statements,
+    unchecked,
+    writers,
+)
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, estimated, exactly, extend, quota, reserve
 from tests.sqlite import write_migrated
 
@@ -299,14 +309,16 @@ async def test_tokens_that_are_freed_admit_the_next_call(ledger, path):
 @pytest.mark.parametrize(
     ("operations", "transactions"), [(1, 1), (BATCH_MAX, 1), (BATCH_MAX + 1, 2), (3 * BATCH_MAX, 3)]
 )
-async def test_operations_that_are_queued_together_share_a_commit(ledger, path, operations, transactions):
+async def test_operations_that_are_queued_together_share_a_commit(path, operations, transactions):
     """Up to BATCH_MAX of them, so that no caller waits long for the rest of a large batch."""
-    with commits() as seen:
-        answers = await asyncio.gather(
-            *(ledger.reserve(reserve(str(number), ROOMY, call(1))) for number in range(operations))
-        )
+    with writers() as opened:
+        async with running(path) as ledger:
+            with statements(opened[0]) as seen:
+                answers = await asyncio.gather(
+                    *(ledger.reserve(reserve(str(number), ROOMY, call(1))) for number in range(operations))
+                )
     assert [answer.entry.id for answer in answers] == [str(number) for number in range(operations)]
-    assert len(seen) == transactions
+    assert seen.count("COMMIT") == transactions
     audit(path)
 
 

@@ -32,7 +32,6 @@ from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import (
     BrokenBinding,
-    commits,
     emptied,
     failing_writes,
     full,
@@ -40,6 +39,7 @@ from tests.breakage import (
     moved,
     read_only,
     replaced,
+    statements,
     unchecked,
     without_folder,
     without_index,
@@ -273,13 +273,116 @@ async def test_a_batch_may_touch_any_number_of_counters(store, path):
 # ----------------------------------------------------------------------------------------------------- all or nothing
 
 
-async def test_a_batch_is_one_transaction(store, path):
+async def test_a_batch_is_one_transaction(faulty, path):
     """However many operations it has, they share the cost of one commit."""
+    store, writer = faulty
     operations = [reserve(str(number), ANN, call(1)) for number in range(200)]
-    with commits() as seen:
+    with statements(writer) as seen:
         await store.apply(operations, NOON)
         await store.apply([*(Release(operation.id) for operation in operations), reserve("last", ANN, call(1))], NOON)
-    assert len(seen) == 2
+    assert seen.count("COMMIT") == 2
+    audit(path)
+
+
+# ---------------------------------------------------------------------------------------------------- what is kept
+
+
+def reads(seen):
+    """The statements that read counters or calls."""
+    return [statement for statement in seen if statement.startswith("SELECT")]
+
+
+async def test_what_a_batch_has_loaded_or_written_is_not_read_again(faulty, path):
+    """Its counters, also those that have no row, and its open calls. A new call is looked for, and an ended one."""
+    store, writer = faulty
+    who = binding([DAILY], [quota("lab/daily", tokens=10)])
+    with statements(writer) as seen:
+        [first] = await store.apply([reserve("1", who, CALL)], NOON)
+        assert len(reads(seen)) == 2
+        [again, _] = await store.apply([reserve("1", who, CALL), reserve("2", who, call(10))], NOON)
+        assert len(reads(seen)) == 3
+        await store.apply([extend("1", who, 450), Settle("2", exactly(1), "complete")], NOON)
+        await store.apply([SETTLED], NOON)
+        assert len(reads(seen)) == 3
+        [repeated] = await store.apply([SETTLED], NOON)
+        assert len(reads(seen)) == 4
+    assert again.entry == first.entry
+    assert repeated.entry.usage == SETTLED.usage
+    assert await levels(store) == (Amount(91, 60, 2), Amount())
+    audit(path)
+
+
+@pytest.mark.parametrize("is_worker", [False, True])
+async def test_a_change_of_another_connection_is_seen(store, path, is_worker):
+    """Another worker has charged the counter, or an operator has edited it and deleted a call."""
+    await store.apply([reserve("1", ANN, CALL), reserve("2", ANN, call(10))], NOON)
+    if is_worker:
+        other = worker_of(path)
+        await other.open()
+        await other.apply([Settle("1", exactly(700), "complete"), reserve("3", ANN, call(1))], NOON)
+        await other.close()
+    else:
+        with connected(path) as connection:
+            connection.execute("UPDATE counters SET used_input = 700, used_requests = 1")
+            connection.execute("DELETE FROM calls WHERE id = '1'")
+    [ended, refused] = await store.apply([SETTLED, reserve("4", ANN, call(300))], NOON)
+    assert isinstance(refused, Refused)
+    if is_worker:
+        assert ended.entry.usage == exactly(700)
+    else:
+        assert ended == Unknown("1")
+    assert refused.counters == await store.read_counters(ANN.keys())
+
+
+async def test_a_reset_is_seen_by_the_next_batch(store, path):
+    """A command or the admin API makes it on another connection of the same process."""
+    await store.apply([reserve("1", ANN, CALL), SETTLED], NOON)
+    async with store.transaction(writes=True) as connection:
+        await connection.exec_driver_sql("UPDATE counters SET used_input = 0, used_output = 0")
+    [reply] = await store.apply([reserve("2", ANN, call(100, 900))], NOON)
+    assert isinstance(reply, Accepted)
+
+
+async def test_after_a_batch_that_failed_nothing_is_kept(faulty, path):
+    """What it changed in memory is not in the file: neither after a mistake nor after a commit that failed."""
+    store, writer = faulty
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    with pytest.raises(ZeroDivisionError):
+        await store.apply(
+            [SETTLED, reserve("2", ANN, call(1)), unchecked(reserve("3", ANN, CALL), binding=BrokenBinding())], NOON
+        )
+    with failing_writes(path, writer), pytest.raises(StoreUnavailable):
+        await store.apply([SETTLED, reserve("2", ANN, call(1))], NOON)
+    with statements(writer) as seen:
+        [reply] = await store.apply([extend("1", ANN, 401)], NOON)
+    assert len(reads(seen)) == 2
+    assert reply.entry == await store.read_entry("1")
+    assert (reply.entry.state, await levels(store)) == ("open", (Amount(), Amount(100, 401, 1)))
+    audit(path)
+
+
+async def test_the_most_recent_counters_and_calls_are_kept(path, monkeypatch):
+    """As many as the bounds allow. Those of another batch are read again, with the same result."""
+    monkeypatch.setattr("proxy.ledger.sqlite._COUNTERS_KEPT", 2)
+    monkeypatch.setattr("proxy.ledger.sqlite._CALLS_KEPT", 2)
+    store = SqliteStore(path)
+    with writers() as opened:
+        await store.open()
+    users = [binding([DAILY], user=f"user {number}") for number in range(4)]
+    for number, who in enumerate(users):
+        await store.apply([reserve(str(number), who, CALL)], NOON)
+    with statements(opened[0]) as seen:
+        for number in (3, 2, 3, 0):
+            await store.apply([extend(str(number), users[number], 401)], NOON)
+            assert len(reads(seen)) == (2 if number == 0 else 0)
+        await store.apply([extend("3", users[3], 402)], NOON)
+        assert len(reads(seen)) == 2
+        await store.apply([extend("2", users[2], 402)], NOON)
+        assert len(reads(seen)) == 4
+    for number, who in enumerate(users):
+        [ended] = await store.apply([Settle(str(number), exactly(90, 60), "complete")], NOON)
+        assert ended.counters == await store.read_counters(who.keys())
+    await store.close()
     audit(path)
 
 
@@ -1042,13 +1145,14 @@ def test_the_constructor_of_a_store_does_no_io(new_path):
 TWO_STATEMENTS = ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1")
 
 
-async def test_a_step_of_a_job_returns_the_rows_of_its_last_statement(store, path):
+async def test_a_step_of_a_job_returns_the_rows_of_its_last_statement(faulty, path):
     """Its statements are one transaction."""
+    store, writer = faulty
     for owner in ("me", "you"):
         await store.renew(owner, NOON, lease_ms=1)
-    with commits() as seen:
+    with statements(writer) as seen:
         assert await store._run_job(TWO_STATEMENTS, 5) == JobResult(2)
-    assert len(seen) == 1
+    assert seen.count("COMMIT") == 1
     assert rows(path, "owners") == []
 
 

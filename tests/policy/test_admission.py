@@ -1345,9 +1345,9 @@ def test_an_admitted_call_never_exceeds_a_quota_that_it_is_charged_to(situation)
         assert counter == counter_at(NOON, hold.quota, found.get(hold.quota.key_for(who.user)))
         for limit in hold.quota.limits:
             taken = counter.used + counter.held + hold.amount
-            if hold.quota.enforce == "exact" and demand.bounds(limit):
+            if hold.quota.enforce == "exact" and applies(limit, demand):
                 assert taken.of(limit.measure) <= limit.maximum + overdraft_of(hold.quota, limit)
-            if hold.quota.enforce != "shadow" and demand.bounds(limit):
+            if hold.quota.enforce != "shadow" and applies(limit, demand):
                 assert counter.used.of(limit.measure) < limit.maximum
 
 
@@ -1372,7 +1372,7 @@ def test_a_call_is_charged_to_everyone_its_group_and_additional_quotas_that_can_
     expected = {
         each.id
         for each in (*who.always, *(each for one in who.groups for each in one.quotas))
-        if any(demand.bounds(limit) for limit in each.limits)
+        if any(applies(limit, demand) for limit in each.limits)
         and (each.id in admitted_via or (not each.shared and can_carry_it(each)))
     }
     charged = [hold.quota.id for hold in decision.holds if hold.quota.enforce != "shadow"]

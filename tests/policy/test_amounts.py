@@ -17,6 +17,7 @@ from proxy.policy.amounts import (
     Uses,
     call_amount,
     charge_of,
+    totals_of,
 )
 from tests.builders import make_requests_concurrent
 
@@ -58,6 +59,13 @@ def test_what_a_call_can_use_says_which_measures_count_it(uses, measures, famili
 def test_a_call_that_can_use_either_can_use_all_of_both(one, other):
     """A call may go to a model that is billed in tokens, or to one that is billed by the piece."""
     assert set((one | other).value) == {*one.value, *other.value}
+
+
+@given(amount=amounts)
+def test_the_totals_of_an_amount_are_those_of_each_measure(amount):
+    """In the order of the measures, which is that of their positions."""
+    assert list(totals_of(amount)) == [amount.of(each) for each in Measure]
+    assert [each.position for each in Measure] == [*range(len(Measure))]
 
 
 def test_a_call_holds_its_tokens_and_one_request():

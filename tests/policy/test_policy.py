@@ -514,8 +514,8 @@ def test_users_of_the_same_groups_share_their_quotas_but_not_their_counters():
     assert ann.groups is bob.groups is bound.groups
     assert ann.quotas == bob.quotas == bound.quotas
     assert ann.alternatives() == bob.alternatives() == bound.alternatives()
-    assert ann.keys() == [("user:ann", CALLS.id), ("user:ann", DAILY.id), ("~pot", "pot/all")]
-    assert bob.keys() == [("user:bob", CALLS.id), ("user:bob", DAILY.id), ("~pot", "pot/all")]
+    assert list(ann.keys()) == [("user:ann", CALLS.id), ("user:ann", DAILY.id), ("~pot", "pot/all")]
+    assert list(bob.keys()) == [("user:bob", CALLS.id), ("user:bob", DAILY.id), ("~pot", "pot/all")]
     assert ann != bob
 
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
-from proxy.policy.amounts import Amount, Measure, Uses
+from proxy.policy.amounts import Amount, Measure, Uses, call_amount, totals_of
 from proxy.policy.quota import (
+    BoundQuotas,
     Counter,
     Globs,
     Limit,
@@ -363,8 +364,41 @@ def test_an_overdraft_raises_only_limits_on_what_is_generated(measure, ceiling):
 )
 def test_a_demand_says_the_least_that_it_takes_and_which_limits_bind_it(demand, least, is_bound):
     """Its input and smallest answer; a limit binds the call if it counts something that the call can use."""
-    assert [demand.least.of(measure) for measure in Measure] == least
-    assert [demand.bounds(Limit(measure, 9)) for measure in Measure] == is_bound
+    assert [totals_of(call_amount(demand.input, demand.smallest))[each.position] for each in Measure] == least
+    who = binding([quota("staff/all", **dict.fromkeys(Measure, 9))])
+    [alternative] = who.rules(demand.uses).alternatives
+    [rule] = alternative.rules
+    bound = [limit.limit.measure for limit in rule.limits]
+    assert [measure in bound for measure in Measure] == is_bound
+    assert [limit.limit.measure for limit in rule.input_limits] == [Measure.TOKENS, Measure.INPUT_TOKENS]
+
+
+def test_rules_are_made_once_for_all_users_of_the_same_groups():
+    """And for each use of a call. A key that is limited to groups has rules of its own, which are made once too."""
+    bound = BoundQuotas((CALLS,), (group_quotas("staff", DAILY), group_quotas("team", SHARED)))
+    ann, bob = bound.for_user("ann"), bound.for_user("bob")
+    assert ann.rules(Uses.INPUT) is bob.rules(Uses.INPUT) is bound.rules(Uses.INPUT)
+    assert ann.rules(Uses.INPUT) is not ann.rules(Uses.OUTPUT)
+    narrowed = bound.narrowed({"team"})
+    assert narrowed is bound.narrowed({"team", "elsewhere"})
+    assert narrowed.for_user("ann").rules(Uses.INPUT) is narrowed.rules(Uses.INPUT)
+    assert [each.group for each in narrowed.rules(Uses.INPUT).alternatives] == ["team"]
+    assert ann.keys() is ann.keys()
+
+
+def test_the_number_of_narrowed_quotas_is_bounded(monkeypatch):
+    """Whatever groups keys are limited to."""
+    monkeypatch.setattr("proxy.policy.quota._NARROWED_MAX", 2)
+    bound = binding([DAILY], [SHARED], ADMINS)
+    sets = [{"staff"}, {"team"}, {"admins"}, {"staff", "team"}]
+    narrowed = [bound.narrowed(names) for names in sets]
+    assert [[each.group for each in one.groups] for one in narrowed] == [
+        ["staff"],
+        ["team"],
+        ["admins"],
+        ["staff", "team"],
+    ]
+    assert len(bound.common.narrowed) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- bindings
@@ -380,7 +414,7 @@ def test_a_binding_names_the_counters_that_a_decision_reads():
     """Those of all groups and of quotas in shadow, whichever group admits the call."""
     who = binding([DAILY, HOURLY], [SHARED], ADMINS, always=[CALLS], shadows=[SHADOW])
     assert [each.id for each in who.quotas] == [CALLS.id, DAILY.id, HOURLY.id, SHARED.id, SHADOW.id]
-    assert who.keys() == [
+    assert list(who.keys()) == [
         ("user:ann", CALLS.id),
         ("user:ann", DAILY.id),
         ("user:ann", HOURLY.id),
@@ -413,7 +447,7 @@ def test_a_binding_names_the_counters_that_a_decision_reads():
 )
 def test_alternatives_are_sets_of_quotas_that_must_have_room_together(who, alternatives):
     """Each contains the quotas of everyone, and none those in shadow."""
-    assert replace(who, shadows=(SHADOW,)).alternatives() == alternatives
+    assert list(replace(who, shadows=(SHADOW,)).alternatives()) == alternatives
 
 
 # --------------------------------------------------------------------------------------------------- narrowed by keys

@@ -173,7 +173,7 @@ def test_a_running_window_is_shown_with_the_end_that_a_call_would_find(per, rese
 
 def reserved(who: Binding, demand: Demand, found: dict[CounterKey, Counter], now: int) -> tuple[Book, Entry]:
     """The book after a call was admitted, and the call's entry."""
-    book = Book(found, {}, now)
+    book = Book(dict(found), {}, now)
     answer = book.apply(reserve("call-1", who, demand))
     assert isinstance(answer, Accepted)
     return book, answer.entry

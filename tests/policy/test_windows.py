@@ -259,6 +259,7 @@ def test_a_window_that_is_remembered_is_the_one_that_is_computed(place, unit, st
     per = Calendar(unit, ZoneInfo(zone))
     for step in [0, *steps]:
         now += step
+        assert per.end(now) == computed(per, now).resets_at
         assert per.opening(now) == computed(per, now)
 
 
@@ -286,8 +287,10 @@ def test_no_window_of_a_minute_or_an_hour_is_longer(place, per):
 @given(now=st.integers(0, ms("2037-12-31T23:59:59Z")), length_ms=st.integers(1, 3660 * DAY))
 def test_a_duration_opens_now_and_lasts_its_length(now, length_ms):
     """`6h` is six hours from the first admitted call, to the millisecond, also across a shift of the clocks."""
-    window = Duration("6h", length_ms).opening(now)
+    per = Duration("6h", length_ms)
+    window = per.opening(now)
     assert (window.opened_at, window.resets_at) == (now, now + length_ms)
+    assert per.end(now) == window.resets_at
 
 
 @pytest.mark.parametrize(
