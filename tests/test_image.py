@@ -163,7 +163,6 @@ def test_the_image_serves_is_healthy_and_stops(image: Image) -> None:
             assert process.wait() == 0, "".join(log)
         finally:
             process.kill()
-    assert "no table for this tokenizer" not in "".join(log)
     made = {path.relative_to(image.root) for path in set(image.root.rglob("*")) - before}
     assert made
     assert all(path.parts[0] in ("data", "tmp") for path in made)

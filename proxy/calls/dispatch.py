@@ -331,6 +331,8 @@ class Dispatcher:
             call = call.without_usage_option()
         if reservation.entry.capped_by:
             call = call.capped(reservation.entry, context=await self._context(candidate))
+        if call.request.stream:
+            candidate.count.begin_to_load()  # its pieces may have to be counted; while the upstream reads the prompt
         reservation.begin_attempt(call.model, meter, count=candidate.count)
         line = call.client.line
         line.mark_sent()

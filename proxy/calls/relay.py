@@ -310,6 +310,7 @@ class Relay:
         client = call.client
         stream = Stream(reservation.meter, mask=answer.mask)
         await self._start_stream(call, reservation, answer)
+        await reservation.ready_to_count()
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():

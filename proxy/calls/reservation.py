@@ -85,6 +85,10 @@ class Reservation:
         self.is_sent = True
         self._widen_output_bound()
 
+    async def ready_to_count(self) -> None:
+        """Wait until the pieces of the answer can be counted. Only the first stream of a process has to wait."""
+        await self._count.ready()
+
     @property
     def covered(self) -> int:
         """How many tokens of output may have passed to the client."""

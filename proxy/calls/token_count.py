@@ -69,6 +69,14 @@ class TokenCount:
         """The function that counts the pieces of an answer while they pass."""
         return self._tokenizers.count_by(self._encoding.name)
 
+    def begin_to_load(self) -> None:
+        """Begin to read the table by which the pieces of an answer are counted."""
+        self._tokenizers.begin_to_load(self._encoding.name)
+
+    async def ready(self) -> None:
+        """Wait until that table is read."""
+        await self._tokenizers.ready(self._encoding.name)
+
     @property
     def has_hidden_input(self) -> bool:
         """Whether the model reads input that the request does not show."""

@@ -1,8 +1,8 @@
 """Counts tokens with tiktoken, from local tables, not on the event loop, within bounds.
 
-Nothing is ever downloaded. Tiktoken's own loader would fetch a missing table during a call, without a timeout. Tables
-are read once, from tiktoken's cache or from the wheel `bpe-openai`, and used only if they have the hash that tiktoken
-expects. A missing table is logged once, and tokens are estimated by bytes.
+Nothing is ever downloaded. Tiktoken's own loader would fetch a missing table during a call, without a timeout. A
+table is read once, from tiktoken's cache or from the wheel `bpe-openai`, when the first call may need it, and used
+only if it has the hash that tiktoken expects. A missing table is logged once, and tokens are estimated by bytes.
 
 Texts are counted as plain text: `<|endoftext|>` in a message is seven tokens, because its sender can only have meant
 the text. Long texts are cut into slices, because a long one would block the interpreter or overflow the library's
@@ -82,12 +82,13 @@ def table_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 class Tokenizers:
-    """Counts tokens with the encodings that were loaded. It belongs to one event loop, except for `load`."""
+    """Counts tokens, with tables that are read when they are needed. It belongs to one event loop but for `load`."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
         self._missing: set[str] = set()  # the encodings without a table
+        self._loading: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokens")
         self._waiting_characters = 0
         self._is_closed = False
@@ -110,8 +111,7 @@ class Tokenizers:
     def load(self, encodings: Iterable[str]) -> None:
         """Read the tables of these encodings, except those that are loaded already.
 
-        Each takes 25 to 50 MB and blocks for 0.2 s, so this belongs before the first call. In a thread of a process
-        that serves calls it would still block all of them for 0.1 s.
+        Each takes 25 to 50 MB and 0.3 s. In a thread it keeps the event loop waiting for 0.1 s of that.
         """
         for name in dict.fromkeys(_SAME_TABLE.get(encoding, encoding) for encoding in encodings):
             if self.is_loaded(name) or name in self._missing:
@@ -125,6 +125,23 @@ class Tokenizers:
                     encoding=name,
                     remedy="pip install '.[offline]' in a clone (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
                 )
+
+    def begin_to_load(self, encoding: str) -> "asyncio.Future[None] | None":
+        """Begin to read this encoding's table in a thread. None if that was done, or if it is missing."""
+        name = _SAME_TABLE.get(encoding, encoding)
+        if name in self._encoders or name in self._missing or self._is_closed:
+            return None
+        if name not in self._loading:
+            loading = asyncio.get_running_loop().run_in_executor(self._pool, self.load, [name])
+            loading.add_done_callback(lambda _: self._loading.pop(name))
+            self._loading[name] = loading
+        return self._loading[name]
+
+    async def ready(self, encoding: str) -> None:
+        """Wait until this encoding's table is read. It may be missing then."""
+        loading = self.begin_to_load(encoding)
+        if loading is not None:
+            await asyncio.wait([loading])  # which does not cancel it with the caller: others wait for it too
 
     def is_loaded(self, encoding: str) -> bool:
         """Whether this encoding's table is loaded, so that its counts are exact and not estimated by bytes."""
@@ -152,6 +169,7 @@ class Tokenizers:
         None if there is no table, the texts are too long, too much is waiting, or it takes longer than `timeout_s`.
         The caller then falls back to the number of bytes, which is never smaller than the number of tokens.
         """
+        await self.ready(encoding)
         encode = self._encoder_for(encoding)
         if encode is None or len(texts) > TEXTS_MAX:
             return None

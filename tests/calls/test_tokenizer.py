@@ -361,6 +361,33 @@ def test_only_requested_tables_are_loaded():
     tokens.close()
 
 
+async def test_a_table_is_read_once_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch):
+    """In a thread. Calls that come meanwhile wait for it, and one that is cancelled takes it from no other."""
+    tokens, reads = Tokenizers(FOLDERS), []
+    load = tokens.load
+    monkeypatch.setattr(tokens, "load", lambda names: (reads.append((names, threading.get_ident())), load(names)))
+    assert await tokens.count_all([], "cl100k_base") == 0
+    tokens.begin_to_load("o200k_base")
+    calls = [asyncio.ensure_future(tokens.ready(name)) for name in ("o200k_base", "o200k_harmony", "o200k_base")]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    assert not tokens.is_loaded("o200k_base")
+    assert await tokens.count_all(["Hello world"], "o200k_base") == 2
+    await asyncio.wait(calls)
+    assert [names for names, _ in reads] == [["cl100k_base"], ["o200k_base"]]
+    assert threading.get_ident() not in {thread for _, thread in reads}
+    assert tokens.begin_to_load("o200k_harmony") is None
+    tokens.close()
+
+
+async def test_no_table_is_read_after_the_end():
+    """A stream that is cut off by a stop may still ask for it."""
+    tokens = Tokenizers(FOLDERS)
+    tokens.close()
+    await tokens.ready("o200k_base")
+    assert not tokens.is_loaded("o200k_base")
+
+
 @pytest.mark.parametrize("encoding", ["p50k_base", "r50k_base", "gpt2", "p50k_edit", "nobody_knows_it"])
 async def test_without_a_table_four_bytes_count_as_one_token(encoding: str):
     """The proxy starts, logs it once, and long texts are bounded by their bytes (T68)."""
