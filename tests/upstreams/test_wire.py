@@ -25,6 +25,7 @@ import uvloop
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams.client import Upstreams
+from proxy.upstreams.sending import Connector
 from proxy.upstreams.spool import Spliced, Spool
 from tests.bare_upstream import connections
 from tests.certificates import Authority
@@ -137,8 +138,8 @@ async def failure(upstreams: Upstreams, up: Upstream, body: bytes | Spliced = b"
 
 def kept(upstreams: Upstreams) -> list[Any]:
     """The connections that are kept for further calls. The library has no public way to list them."""
-    session: Any = upstreams._session
-    return [protocol for queue in session.connector._conns.values() for protocol, _ in queue]
+    connector: Any = upstreams.connector
+    return [protocol for queue in connector._conns.values() for protocol, _ in queue]
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -180,12 +181,12 @@ async def test_the_request_has_each_header_once_and_its_body_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", ["a\r\nx-evil: 1", "a\nb", "a\0b", "a\x7fb"], ids=repr)
 @on_both_loops
-async def test_no_header_ends_its_line(value: str) -> None:
+async def test_no_header_and_no_path_ends_its_line(value: str) -> None:
     """It would begin a header of its own. Such a request is not sent."""
     async with wire(answering(EMPTY)) as (server, upstreams):
-        for headers in ({"x-title": value}, {value: "1"}):
+        for path, headers in (("/x", {"x-title": value}), ("/x", {value: "1"}), (f"/{value}", {})):
             with pytest.raises(ValueError, match="control character"):
-                async with upstreams.send(server.up, "/x", b"{}", headers):
+                async with upstreams.send(server.up, path, b"{}", headers):
                     pass
         assert server.requests == []
         assert await ask(upstreams, server.up) == b""
@@ -386,6 +387,8 @@ async def test_a_connection_is_used_again() -> None:
     [
         (length(b"1"), length(b"2"), b"1"),
         (length(b"1"), b"2", b"1"),
+        (length(b"1"), b"HTTP/1.1 200 OK\r\nContent-Le", b"1"),
+        (length(b"1"), b"H", b"1"),
         (CHUNKED + b"1\r\n1\r\n0\r\n\r\n", b"0\r\n\r\n", b"1"),
         (CHUNKED + b"1\r\n1\r\n0\r\n\r\n", length(b"2"), b"1"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", length(b"2"), b""),
@@ -394,7 +397,7 @@ async def test_a_connection_is_used_again() -> None:
         (OK + b"Connection: close\r\nContent-Length: 1\r\n\r\n1", length(b"2"), b"1"),
     ],
     ids=[
-        *("answer", "longer body", "second end", "answer after chunks", "after 204"),
+        *("answer", "longer body", "half a head", "one byte", "second end", "answer after chunks", "after 204"),
         *("body of 304", "100", "close"),
     ],
 )
@@ -510,6 +513,23 @@ async def test_a_connection_that_is_closed_when_it_is_made_may_not_have_the_call
         errors = [await failure(upstreams, Upstream("up", f"http://127.0.0.1:{port}", None)) for _ in range(20)]
         assert not any(isinstance(error, UpstreamTimeout) for error in errors)
         assert kept(upstreams) == []
+
+
+@on_both_loops
+async def test_a_call_without_a_connection_when_it_is_written_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T38: nothing is written to a connection that has closed since it was made."""
+    async with wire(answering(EMPTY)) as (server, upstreams):
+        connect = Connector.connect
+
+        async def closed(*arguments: Any) -> Any:
+            connection: Any = await connect(*arguments)
+            connection.transport.abort()
+            return connection
+
+        monkeypatch.setattr(Connector, "connect", closed)
+        error = await failure(upstreams, server.up)
+        assert (error.was_sent, error.message) == (False, "The upstream closed the connection without an answer.")
+        assert (server.requests, kept(upstreams)) == ([], [])
 
 
 @on_both_loops
