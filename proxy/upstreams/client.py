@@ -9,17 +9,11 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
-from proxy.formats.content_encoding import (
-    CONTENT_ENCODINGS,
-    PIECE_BYTES,
-    BodyDecoder,
-    NotDecodable,
-    encoding_of,
-)
+from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
 from proxy.formats.sse import begins_with_event, is_cut_off_event
@@ -278,7 +272,7 @@ class _Request:
     body: bytes | Spliced
     headers: Mapping[str, str]
     method: str
-    exchange: Exchange | None = None
+    exchange: Exchange = field(init=False)
 
     async def __aenter__(self) -> Answer:
         credentials, upstream = self.upstreams.credentials, self.upstream
@@ -323,8 +317,7 @@ class _Request:
                 return exchange
 
     async def __aexit__(self, *_: object) -> None:
-        if self.exchange is not None:
-            self.exchange.end()
+        self.exchange.end()
 
 
 def _encoding_of(codings: list[str]) -> str:

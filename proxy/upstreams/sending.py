@@ -17,13 +17,13 @@ import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from aiohttp import ServerDisconnectedError
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout, drop_frames
@@ -34,10 +34,6 @@ from proxy.upstreams.failures import mask_of
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
 from proxy.upstreams.spool import Spliced
-
-if TYPE_CHECKING:
-    from aiohttp.client_reqrep import ConnectionKey
-    from aiohttp.tracing import Trace
 
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
 _SENT_BYTES_PER_S = 64 * 1024
@@ -78,8 +74,8 @@ class Route:
         )
         self.key = self.destination.connection_key
         self.proxy = None if proxy_url is None else proxy_url.authority
-        self.connect_s, self.idle_s = transport.connect_timeout_ms / 1000, transport.idle_timeout_ms / 1000
-        self.timeout = aiohttp.ClientTimeout(total=None, connect=self.connect_s, sock_connect=self.connect_s)
+        connect_s, self.idle_s = transport.connect_timeout_ms / 1000, transport.idle_timeout_ms / 1000
+        self.timeout = aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s)
         first_byte_s = (transport.first_byte_timeout_ms or inf) / 1000
         # Only one that is shorter than the other limit has an effect.
         self.first_byte_s = first_byte_s if first_byte_s < self.idle_s else None
@@ -137,27 +133,22 @@ class Connector(aiohttp.TCPConnector):
         super().__init__(limit=0, ttl_dns_cache=60, socket_factory=upstream_socket)
         self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]
 
-    def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         # Without a parser the connection keeps the bytes as they are, and `should_close` says that there are some.
         parser, protocol._parser = protocol._parser, None
         if parser is not None and not (should_close or protocol.should_close):
-            should_close = _has_begun_another(parser)
+            try:
+                should_close = parser.feed_eof() is not None  # a further answer has begun
+            except HttpProcessingError:
+                should_close = True
         super()._release(key, protocol, should_close=should_close)
 
-    async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> Connection | None:
-        while (kept := await super()._get(key, traces)) is not None:
-            if kept.protocol is None or not kept.protocol.should_close:
-                break
+    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
+        kept = await super()._get(key, traces)
+        while kept is not None and (kept.protocol is None or kept.protocol.should_close):
             kept.close()
+            kept = await super()._get(key, traces)
         return kept
-
-
-def _has_begun_another(parser: Any) -> bool:
-    """Whether a parser has a part of a further answer, after one that was complete."""
-    try:
-        return parser.feed_eof() is not None  # the answer that this cuts off
-    except HttpProcessingError:
-        return True
 
 
 class _Protocol(ResponseHandler):
@@ -183,11 +174,6 @@ class Exchange:
     only 180 s then, so the timer is set again for 12:17, when the silence is 600 s.
     """
 
-    __slots__ = (
-        *("first_byte_until", "headers", "is_kept", "status", "was_sent", "_connection", "_content", "_has_body"),
-        *("_is_until_closed", "_protocol", "_loop", "_route", "_timer", "_until", "_upload"),
-    )
-
     def __init__(self, route: Route, *, has_body: bool) -> None:
         self.is_kept = False  # the connection was used before
         self.was_sent = False  # the upstream may have received the call
@@ -206,9 +192,8 @@ class Exchange:
 
         `uploads` has the tasks that write large bodies. Raises UpstreamError and UpstreamTimeout.
         """
-        protocol = await self._connect(connector)
         try:
-            protocol.set_response_params(skip_payload=not self._has_body, read_until_eof=True, auto_decompress=False)
+            protocol = await self._connect(connector)
             self._send(protocol, uploads, head, body)
             del body  # a long answer must not keep it in memory
             message, content = await protocol.read()
@@ -216,50 +201,35 @@ class Exchange:
                 message, content = await protocol.read()
             if message.code == 407 and self._route.is_read_by_proxy:
                 raise self._route.unreachable(_refused_by_proxy(self._route, 407))
-        except TimeoutError as error:
-            self.end()
-            drop_frames(error)
-            if self.first_byte_until is not None:
-                raise _no_first_byte() from None
-            raise UpstreamTimeout("The upstream did not answer in time.") from None
+            protocol.body = self._content = content
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
-            self.end()
-            drop_frames(error)
-            text = "The upstream closed the connection without an answer."
-            raise UpstreamError(text, was_sent=self.was_sent) from None
-        except BaseException:
-            self.end()
-            raise
-        protocol.body = self._content = content
+            drop_frames(error)  # the library's frames have the body
+            raise self._failure(error) from None
+        finally:
+            if self._content is None:
+                self.end()
         if (broken := protocol.exception()) is not None:
             protocol.set_exception(broken)  # it came after the head, when there was nobody to wake
+        self.status, self.headers = message.code, message.headers
         self._is_until_closed = not message.chunked and "content-length" not in message.headers
         self._until = inf
-        self.status, self.headers = message.code, message.headers
 
     async def read(self) -> bytes:
         """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
         content = self._content
         assert content is not None, "begin() first"
         try:
-            if self._connection is None:  # this was read to its end, or the exchange was ended before
-                if content.at_eof():
-                    return b""
-                raise aiohttp.ClientPayloadError("the connection is gone")
             self._until = self.first_byte_until or self._loop.time() + self._route.idle_s
             chunk = await content.readany()
             self._until = inf
-            if not chunk:
+            if not chunk and self._connection is not None:
                 # A body without a length or chunks ends with its connection, but not if that was reset.
-                if self._is_until_closed and not isinstance(
-                    self._protocol.exception(), ServerDisconnectedError | None
-                ):
+                lost = self._protocol.exception()
+                if self._is_until_closed and not isinstance(lost, aiohttp.ServerDisconnectedError | None):
                     raise aiohttp.ClientPayloadError("the connection was reset")
                 self.end()
         except TimeoutError:
-            if self.first_byte_until is not None:
-                raise _no_first_byte() from None
-            raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
+            raise self._late("The upstream stopped sending in the middle of its answer.") from None
         # The library raises a RuntimeError for a read after its connection is gone.
         except (aiohttp.ClientError, OSError, RuntimeError):
             raise UpstreamError("The upstream broke off in the middle of its answer.") from None
@@ -284,23 +254,31 @@ class Exchange:
 
     async def _connect(self, connector: Connector) -> _Protocol:
         route = self._route
-        try:
-            self._connection = await connector._get(route.key, [])
-            self.is_kept = self._connection is not None
-            if self._connection is None:
-                self._connection = await connector.connect(route.destination, [], route.timeout)
-        except (aiohttp.ClientConnectorError, TimeoutError, aiohttp.ClientHttpProxyError) as error:
-            drop_frames(error)
-            raise route.unreachable(why_unreachable(error, route)) from None
-        except (aiohttp.ClientError, OSError) as error:
-            drop_frames(error)
-            if route.proxy is not None:
-                raise route.unreachable(f"the proxy {route.proxy}: it closed the connection") from None
-            raise UpstreamError("The upstream closed the connection without an answer.", was_sent=False) from None
+        self._connection = await connector._get(route.key, [])
+        self.is_kept = self._connection is not None
+        if self._connection is None:
+            self._connection = await connector.connect(route.destination, [], route.timeout)
         protocol = self._connection.protocol
         assert isinstance(protocol, _Protocol), "the connector makes no others"
+        protocol.set_response_params(skip_payload=not self._has_body, read_until_eof=True, auto_decompress=False)
         self._protocol = protocol
         return protocol
+
+    def _failure(self, error: Exception) -> UpstreamError:
+        """What is raised for a request without an answer."""
+        if self._connection is None:
+            return self._route.unreachable(why_unreachable(error, self._route))
+        if not isinstance(error, TimeoutError):
+            text = "The upstream closed the connection without an answer."
+            return UpstreamError(text, was_sent=self.was_sent)
+        return self._late("The upstream did not answer in time.")
+
+    def _late(self, text: str) -> UpstreamTimeout:
+        """The error for an answer that did not come in time. Until its first byte the call may be moved."""
+        may_be_moved = self.first_byte_until is not None
+        error = UpstreamTimeout("The upstream did not begin its answer in time." if may_be_moved else text)
+        error.may_be_moved = may_be_moved
+        return error
 
     def _send(self, protocol: _Protocol, uploads: Tasks, head: bytes, body: bytes | Spliced) -> None:
         # For body and head together: an upstream may send one line of it every minute, or 103 again and again.
@@ -353,13 +331,6 @@ async def _pieces(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + _PIECE_BYTES]
 
 
-def _no_first_byte() -> UpstreamTimeout:
-    """The error for an answer that did not begin within `first_byte_timeout`."""
-    error = UpstreamTimeout("The upstream did not begin its answer in time.")
-    error.may_be_moved = True
-    return error
-
-
 def why_unreachable(error: BaseException, route: Route) -> str:
     """Why no connection was made, for the log: the address, and what is wrong with it or with its certificate.
 
@@ -380,8 +351,10 @@ def why_unreachable(error: BaseException, route: Route) -> str:
         case aiohttp.ClientConnectorError():
             # The library's own text does not say "refused". There is no number if several addresses were tried.
             why = os.strerror(error.os_error.errno) if error.os_error.errno else str(error.os_error)
+        case TimeoutError():
+            return f"no connection within {route.timeout.connect:g} s{through}"
         case _:
-            return f"no connection within {route.connect_s:g} s{through}"
+            return str(error) if proxy is None else f"the proxy {route.proxy}: it closed the connection"
     if proxy is not None and (error.host, error.port) == (proxy.raw_host, proxy.port):
         return f"the proxy {route.proxy}: {why}"
     host = f"[{error.host}]" if ":" in error.host else error.host
