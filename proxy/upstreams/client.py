@@ -1,42 +1,29 @@
 """HTTP to the upstreams: sends one request and hands out its answer as it arrives.
 
 Errors are distinguished by whether the upstream can have received the call. `UpstreamError` with `was_sent=False` is
-provably free; every other failure may have cost something. Where a default of the HTTP library is wrong for a proxy,
-it is set here, or in `sending`, with the reason.
+provably free; every other failure may have cost something. Redirects are not followed and cookies are not kept: the
+one would send our key to whatever address a redirect names, the other one user's cookie with the calls of another.
 """
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
-
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from yarl import URL
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from functools import partial
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
-from proxy.formats.content_encoding import (
-    CONTENT_ENCODINGS,
-    PIECE_BYTES,
-    BodyDecoder,
-    NotDecodable,
-    encoding_of,
-)
+from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.kinds import kind_of
+from proxy.formats.mask import Mask
 from proxy.formats.sse import begins_with_event, is_cut_off_event
-from proxy.policy.catalog import FETCHED_KEYS, Upstream
-from proxy.upstreams.credentials import Credentials, Keys
+from proxy.policy.catalog import FETCHED_KEYS, Secret, Upstream
+from proxy.tasks import Tasks
+from proxy.upstreams.credentials import Credentials
 from proxy.upstreams.failures import mask_of
-from proxy.upstreams.headers import SERVER_NAME
-from proxy.upstreams.network import tls_context, upstream_socket
-from proxy.upstreams.sending import Sending, Settings, head_of, no_first_byte, payload_of, settings_of
+from proxy.upstreams.network import tls_context
+from proxy.upstreams.sending import Connector, Exchange, Route
 from proxy.upstreams.spool import Spliced
-
-if TYPE_CHECKING:
-    from aiohttp.client_reqrep import ConnectionKey
-    from aiohttp.tracing import Trace
 
 # Scheme, host and port of an address, without a user.
 _SERVER = re.compile(r"(https?://)(?:[^/?#@]{0,200}@)?([A-Za-z0-9._:\[\]-]{1,200})(?:[/?#]|$)")
@@ -53,6 +40,8 @@ _FORM_HEADERS = {
     "accept": "application/json",
     "accept-encoding": "identity",
 }
+# Requests that a server may get twice (RFC 9110 §9.2.2).
+_IDEMPOTENT = ("GET", "HEAD", "DELETE")
 # We ask for `identity`, but servers in front of a model compress without being asked. Every encoding that the proxy
 # can decompress is accepted: the decoders work on pieces as they arrive, within bounds. An answer may consist of one
 # member for each event, and has no limit of its length.
@@ -76,31 +65,26 @@ class Answer:
     the key with which it was asked for, if that is not a fixed one.
     """
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        watch: "_Watch",
-        upstream: Upstream,
-        keys: Keys | None,
-        *,
-        first_byte_until: float | None = None,
-    ) -> None:
-        self.mask = mask_of(upstream, () if keys is None else keys.all)
-        self.fetched_key = None if keys is None else keys.current
-        self.status = response.status
-        self.headers = list(response.headers.items())
-        self.retry_after = response.headers.get("retry-after")
-        self.request_id = response.headers.get("x-request-id") or response.headers.get("request-id")
-        self.is_event_stream = response.content_type == "text/event-stream"
-        encoding = _answer_encoding(response)
+    def __init__(self, exchange: Exchange, mask: Mask, fetched_key: Secret | None) -> None:
+        headers = exchange.headers
+        self.mask = mask
+        self.fetched_key = fetched_key
+        self.status = exchange.status
+        self.headers = list(headers.items())
+        self.retry_after = headers.get("retry-after")
+        self.request_id = headers.get("x-request-id") or headers.get("request-id")
+        content_type, _, _ = headers.get("content-type", "").partition(";")
+        self.is_event_stream = content_type.strip().lower() == "text/event-stream"
+        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
+        codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
+        encoding = _encoding_of(codings) if codings else ""
+        self.is_compressed = encoding != ""
         self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
-        self._is_compressed = encoding != ""
-        self._body = _body(response.content, watch)
-        self.must_begin_in_time = first_byte_until is not None and self.status // 100 == 2
-        if first_byte_until is not None:
-            self._body = _begun_until(first_byte_until, self._body)
-        if self._is_compressed and self.is_readable:
-            self._body = _decompressed(self._body, BodyDecoder(encoding, members_max=_MEMBERS_MAX))
+        self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
+        self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
+        if self.is_compressed and self.is_readable:
+            decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+            self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
 
@@ -111,29 +95,28 @@ class Answer:
         Redirects are not followed. A `base_url` with http instead of https is often answered with one. The rest of
         the address is left out, because it may repeat what the client sent.
         """
+        if self.status // 100 != 3:
+            return f"status {self.status}"
         location = next((value for name, value in self.headers if name.lower() == "location"), "")
-        server = _SERVER.match(location) if self.status // 100 == 3 else None
+        server = _SERVER.match(location)
         return f"status {self.status}" if server is None else f"status {self.status}, to {server[1]}{server[2]}"
 
     async def is_decodable(self) -> bool:
-        """Whether the body can be decompressed, as far as its beginning shows. Raises like `chunks`.
+        """Whether a compressed body can be decompressed, as far as its first bytes show. Raises like `chunks`.
 
-        It waits for the first bytes of a compressed body, because another upstream can be asked only before
-        anything has passed to the client.
+        It waits for them, because another upstream can be asked only before anything has passed to the client.
         """
-        if not self.is_readable or not self._is_compressed:
-            return self.is_readable
         try:
-            await self.wait_for_body()
+            if self.is_readable:
+                await self.wait_for_body()
         except UpstreamUnreadable:
             return False
-        return True
+        return self.is_readable
 
     async def wait_for_body(self) -> None:
         """Wait for the first bytes of the body. Raises like `chunks`, which hands them out after this as well."""
-        if not self._beginning:
-            first = await anext(self._body, None)
-            self._beginning = [first] if first is not None else []
+        if not self._beginning and (first := await self._next()):
+            self._beginning = [first]
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
@@ -144,8 +127,8 @@ class Answer:
         """
         beginning = bytearray().join(self._beginning)
         while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
-            chunk = await anext(self._body, None)
-            if chunk is None:
+            chunk = await self._next()
+            if not chunk:
                 break
             self._beginning.append(chunk)
             beginning += chunk
@@ -162,13 +145,13 @@ class Answer:
         body = bytearray().join(self._beginning)
         try:
             while len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body):
-                chunk = await anext(self._body, None)
-                if chunk is None:
+                chunk = await self._next()
+                if not chunk:
                     return bytes(body) if b'"error"' in body else None
                 self._beginning.append(chunk)
                 body += chunk
         except UpstreamError as error:
-            self._body = _raising(error)
+            self._next = partial(_raise, error)
         return None
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -180,13 +163,13 @@ class Answer:
         beginning, self._beginning = self._beginning, []
         for chunk in beginning:
             yield chunk
-        async for chunk in self._body:
+        while chunk := await self._next():
             yield chunk
 
     async def read(self) -> bytes:
         """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
-        body = bytearray()
-        async for chunk in self.chunks():
+        body, self._beginning = bytearray().join(self._beginning), []
+        while chunk := await self._next():
             body += chunk
             if len(body) > ANSWER_BYTES_MAX:
                 raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
@@ -220,34 +203,23 @@ class Upstreams:
 
     def __init__(self) -> None:
         self.credentials = Credentials(self._post_form, clock=lambda: asyncio.get_running_loop().time())
-        self._session: aiohttp.ClientSession | None = None
-        self._settings: dict[str, Settings] = {}  # by the names of upstreams
-        self._making_settings = asyncio.Lock()
+        self.uploads = Tasks()
+        self.connector: Connector | None = None
+        self._routes: dict[str, Route] = {}  # by the names of upstreams
+        self._making_route = asyncio.Lock()
 
     def open(self) -> None:
-        """Create the session. Must be called while the event loop runs."""
-        self._session = aiohttp.ClientSession(
-            # No limit on connections: quotas bound the calls, and calls that queued here would show up nowhere.
-            # Connections with another proxy or other certificates are kept apart by the library.
-            connector=_Connector(limit=0, ttl_dns_cache=60, socket_factory=upstream_socket),
-            # A shared cookie jar would send one user's Cloudflare cookie with the calls of another.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # For clients without one. The library would name itself and Python, with their versions.
-            headers={"user-agent": SERVER_NAME},
-            # The library would decompress as much as arrives at once, and one megabyte can become 400 MB. We ask for
-            # `identity`, and `Answer` decompresses what comes nevertheless, in pieces.
-            auto_decompress=False,
-        )
+        """Create the pool of connections. Must be called while the event loop runs."""
+        self.connector = Connector()
 
     async def close(self) -> None:
         """Close all connections, and end the fetches of keys."""
         await self.credentials.close()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self.uploads.finish(0)
+        if self.connector is not None:
+            await self.connector.close()
 
-    @asynccontextmanager
-    async def send(
+    def send(
         self,
         upstream: Upstream,
         path: str,
@@ -255,7 +227,7 @@ class Upstreams:
         headers: Mapping[str, str],
         *,
         method: str = "POST",
-    ) -> AsyncIterator[Answer]:
+    ) -> AbstractAsyncContextManager[Answer]:
         """Send `body` with our key and hand out the answer.
 
         Leaving the block closes the connection, or keeps it for another call. A key that has to be fetched and is not
@@ -265,207 +237,103 @@ class Upstreams:
 
         Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
         a successful answer in an unknown encoding, or in another one than its header names. The status of an error
-        says enough without its body. Raises UpstreamWithoutKey if the key could not be fetched.
+        says enough without its body. Raises UpstreamWithoutKey if the key could not be fetched, and ValueError if a
+        header has a control character.
         """
-        assert self._session is not None, "open() first"
-        keys = await self.credentials.keys(upstream) if isinstance(upstream.api_key, FETCHED_KEYS) else None
-        settings = self._settings.get(upstream.name)
-        if settings is None or not settings.fit(upstream):
-            settings = await self._make_settings(upstream)
-        if settings.proxy_headers is not None and upstream.base_url.startswith("http:"):
-            headers = {**headers, **settings.proxy_headers}  # the proxy reads the request itself
-        sending = Sending(settings, body_bytes=len(body))
-        request = self._session.request(
-            method,
-            URL(upstream.base_url + path, encoded=True),
-            data=payload_of(body, sending),
-            # With a length the library does not send chunks. Some servers read no forms from chunked bodies.
-            headers={
-                **headers,
-                **_key_headers(upstream, keys),
-                **settings.headers,
-                "content-length": str(len(body)),
-            },
-            # The library would send the `api-key` header to whatever address a redirect names.
-            allow_redirects=False,
-            timeout=settings.timeout,
-            ssl=settings.tls,
-            proxy=settings.proxy,
-            proxy_headers=settings.proxy_headers,
-        )
-        del body  # a long answer must not keep it in memory
-        async with await head_of(request, upstream, settings, sending) as response:
-            del request
-            watch = _Watch(response, settings.idle_s)
-            try:
-                answer = Answer(response, watch, upstream, keys, first_byte_until=sending.first_byte_until)
-                if answer.status == 401 and keys is not None:
-                    self.credentials.note_rejected(upstream, keys.current)
-                if answer.status // 100 == 2 and not await answer.is_decodable():
-                    raise UpstreamUnreadable(
-                        f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                        "or named a compression that it did not use. The operator of this proxy has to turn that "
-                        "compression off.",
-                        was_sent=False,
-                    )
-                yield answer
-            finally:
-                watch.stop()
+        return _Request(self, upstream, path, body, headers, method)
 
     async def _post_form(self, server: Upstream, form: bytes) -> tuple[int, bytes]:
         """Send a form to a server that issues access tokens, and return the status and body of its answer."""
         async with self.send(server, "", form, _FORM_HEADERS) as answer:
             return answer.status, await answer.error_body()  # within the bounds for errors
 
-    async def _make_settings(self, upstream: Upstream) -> Settings:
-        """The settings for an upstream that is new, or whose configuration has changed."""
-        async with self._making_settings:  # many calls may come at once, and one context for TLS is enough
-            settings = self._settings.get(upstream.name)
-            if settings is None or not settings.fit(upstream):
-                ca = upstream.transport.ca
+    async def route_to(self, upstream: Upstream) -> Route:
+        """The route to an upstream, which is made anew if it is new, or if its configuration has changed."""
+        route = self._routes.get(upstream.name)
+        if route is not None and route.upstream is upstream:
+            return route
+        async with self._making_route:  # many calls may come at once, and one context for TLS is enough
+            route, ca = self._routes.get(upstream.name), upstream.transport.ca
+            if route is not None and route.upstream.transport.ca == ca:
+                tls = route.tls
+            else:
                 tls = True if ca is None else await asyncio.to_thread(tls_context, ca)
-                settings = self._settings[upstream.name] = settings_of(upstream.transport, tls)
-            return settings
+            route = self._routes[upstream.name] = Route(upstream, tls)
+            return route
 
 
-def _key_headers(upstream: Upstream, keys: Keys | None) -> dict[str, str]:
-    """The header with the key of an upstream: a fixed one, or the current one of `keys`."""
-    kind, fixed = kind_of(upstream.kind), upstream.api_key
-    if keys is not None:
-        return kind.key_headers(keys.current, is_access_token=keys.is_access_token)
-    assert not isinstance(fixed, FETCHED_KEYS), "keys has it"
-    return kind.key_headers(fixed)
+@dataclass(slots=True, eq=False, repr=False)
+class _Request:
+    """What `Upstreams.send` returns: entering it sends the request and waits for the head of the answer."""
 
+    upstreams: Upstreams
+    upstream: Upstream
+    path: str
+    body: bytes | Spliced
+    headers: Mapping[str, str]
+    method: str
+    exchange: Exchange = field(init=False)
 
-def _answer_encoding(response: aiohttp.ClientResponse) -> str:
-    """The encoding in which the body arrives, in the terms of `encoding_of`.
+    async def __aenter__(self) -> Answer:
+        credentials, upstream = self.upstreams.credentials, self.upstream
+        route = await self.upstreams.route_to(upstream)
+        mask, fetched_key = route.mask, None
+        if isinstance(upstream.api_key, FETCHED_KEYS):
+            keys = await credentials.keys(upstream)
+            mask, fetched_key = mask_of(upstream, keys.all), keys.current
+            key_headers = kind_of(upstream.kind).key_headers(fetched_key, is_access_token=keys.is_access_token)
+            self.headers = {**self.headers, **key_headers}
+        self.exchange = exchange = await self._begin(route)
+        self.body = b""  # a long answer must not keep it in memory
+        try:
+            answer = Answer(exchange, mask, fetched_key)
+            if answer.status == 401 and fetched_key is not None:
+                credentials.note_rejected(upstream, fetched_key)
+            if answer.is_compressed and answer.status // 100 == 2 and not await answer.is_decodable():
+                raise UpstreamUnreadable(
+                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
+                    "or named a compression that it did not use. The operator of this proxy has to turn that "
+                    "compression off.",
+                    was_sent=False,
+                )
+        except BaseException:
+            exchange.end()
+            raise
+        return answer
 
-    Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
-    """
-    codings = (*response.headers.getall("content-encoding", ()), *response.headers.getall("transfer-encoding", ()))
-    return ",".join(name for name in encoding_of(codings).split(",") if name not in _PLAIN)
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Closes a kept connection on which bytes have come that no request asked for.
-
-    The library would take them for the answer to the next request. So an upstream that answers a request twice would
-    give one user's answer to another.
-    """
-
-    def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
-        super()._release(key, protocol, should_close=should_close)
-        # Without a parser the connection keeps the bytes as they are, and `should_close` says that there are some.
-        protocol._parser = None
-
-    async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> Connection | None:
-        while (kept := await super()._get(key, traces)) is not None:
-            if kept.protocol is None or not kept.protocol.should_close:
-                break
-            kept.close()
-        return kept
-
-
-class _Watch:
-    """Ends the wait for the next bytes of a body when its connection is gone, or after a silence of `silence_s`.
-
-    The library ends it in most cases itself. But its parser in C forgets the body when it finds an error in the
-    chunks (`zz` where a length belongs), and then nothing wakes the reader: neither the closed connection nor the
-    library's limit of a silence.
-
-    There is one timer for the whole answer, not one for each of its thousands of reads. With 600 s, an answer that
-    begins at 12:00 and sends its last bytes at 12:07 has its timer at 12:10. The silence is only 180 s then, so the
-    timer is set for 420 s later. At 12:17 the silence is 600 s.
-    """
-
-    def __init__(self, response: aiohttp.ClientResponse, silence_s: float) -> None:
-        self.waits_since: float | None = None  # by the event loop's clock; None while nobody reads
-        self.is_broken = False  # the connection is gone, and the body is not complete
-        self._content = response.content
-        self._silence_s = silence_s
-        self._timer = asyncio.get_running_loop().call_later(silence_s, self._check_silence)
-        # Without a length or chunks a body ends with its connection. If that was reset, it is not complete.
-        chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
-        self._ends_with_connection = not chunked and "content-length" not in response.headers
-        # None if the body has arrived with its head. The connection is in the pool again then.
-        connection = response.connection
-        self._closed = None if connection is None or connection.protocol is None else connection.protocol.closed
-        if self._closed is not None:
-            self._closed.add_done_callback(self._note_closed)
-
-    def stop(self) -> None:
-        """Stop to watch: the connection is closed, or it is used for another call."""
-        self._timer.cancel()
-        if self._closed is not None:
-            self._closed.remove_done_callback(self._note_closed)
-            # The future lives as long as the connection. It logs an error that nobody has asked for.
-            self._closed.remove_done_callback(_forget_error)
-            self._closed.add_done_callback(_forget_error)
-
-    def _check_silence(self) -> None:
-        loop = asyncio.get_running_loop()
-        silent_s = 0.0 if self.waits_since is None else loop.time() - self.waits_since
-        if silent_s >= self._silence_s:
-            self._content.set_exception(TimeoutError())
-        else:
-            self._timer = loop.call_later(self._silence_s - silent_s, self._check_silence)
-
-    def _note_closed(self, closed: asyncio.Future[None]) -> None:
-        was_reset = closed.exception() is not None
-        self.is_broken = not self._content.is_eof() or (was_reset and self._ends_with_connection)
-        if not self._content.is_eof() and self._content.exception() is None:
-            self._content.set_exception(aiohttp.ClientPayloadError("the connection is gone"))
-
-
-def _forget_error(closed: asyncio.Future[None]) -> None:
-    closed.exception()
-
-
-# No methods of Answer, so that an answer that is given up halfway is no cycle of references.
-async def _body(content: aiohttp.StreamReader, watch: _Watch) -> AsyncIterator[bytes]:
-    """The bytes of a body as they arrive. Raises UpstreamError and UpstreamTimeout."""
-    time = asyncio.get_running_loop().time
-    try:
+    async def _begin(self, route: Route) -> Exchange:
+        """Send the request, and send it again if that is harmless and a kept connection was closed meanwhile."""
+        connector = self.upstreams.connector
+        assert connector is not None, "open() first"
+        head = route.head(self.method, self.path, self.headers, body_bytes=len(self.body))
         while True:
-            watch.waits_since = time()
-            chunk = await content.readany()
-            watch.waits_since = None
-            if not chunk:
-                break
-            yield chunk
-        if watch.is_broken:
-            raise aiohttp.ClientPayloadError("the connection was reset")
-    except TimeoutError:
-        raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
-    # The library raises a RuntimeError for a read after its connection is gone.
-    except (aiohttp.ClientError, ConnectionError, RuntimeError):
-        raise UpstreamError("The upstream broke off in the middle of its answer.") from None
+            exchange = Exchange(route, has_body=self.method != "HEAD")
+            try:
+                await exchange.begin(connector, self.upstreams.uploads, head, self.body)
+            except UpstreamError as error:
+                if self.method not in _IDEMPOTENT or isinstance(error, UpstreamTimeout) or not exchange.is_kept:
+                    raise
+            else:
+                return exchange
+
+    async def __aexit__(self, *_: object) -> None:
+        self.exchange.end()
 
 
-async def _begun_until(time: float, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The bytes of a body. Raises like `_body`, also if none has come at this time of the event loop."""
-    try:
-        async with asyncio.timeout_at(time):
-            first = await anext(body, None)
-    except TimeoutError:
-        raise no_first_byte() from None
-    if first is not None:
-        yield first
-    async for chunk in body:
-        yield chunk
+def _encoding_of(codings: list[str]) -> str:
+    return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
 
 
-async def _raising(error: UpstreamError) -> AsyncIterator[bytes]:
-    """The rest of a body of which no more came."""
+async def _raise(error: UpstreamError) -> bytes:
     raise error
-    yield b""  # so that this is an iterator
 
 
-async def _decompressed(body: AsyncIterator[bytes], decoder: BodyDecoder) -> AsyncIterator[bytes]:
-    """The bytes of a compressed body. Raises like `_body`, and UpstreamUnreadable if nothing can be decompressed."""
+# No method of Answer, so that an answer that is given up halfway is no cycle of references.
+async def _decompressed(read: Callable[[], Awaitable[bytes]], decoder: BodyDecoder) -> AsyncIterator[bytes]:
+    """The bytes of a compressed body. Raises what `read` does, and UpstreamUnreadable if it does not begin well."""
     has_begun = False
     try:
-        async for chunk in body:
+        while chunk := await read():
             for piece in decoder.feed(chunk):
                 has_begun = True
                 yield piece

@@ -1,165 +1,346 @@
-"""One request to an upstream on its way: from its settings to the head of its answer.
+"""One request to an upstream on its way, and the bytes of its answer as they arrive.
 
 Errors are distinguished by whether the upstream can have received the call. A request that got no connection, also
-because a proxy refused one, is provably free. The times of connecting, of writing the body and of waiting for the
-head are limited one after another, each from its own beginning.
+because a proxy refused one, is provably free. Head and body are written at once, so that a request is either sent or
+not. The times of connecting, of waiting for the head and of a silence in the body are limited one after another, each
+from its own beginning.
+
+Only the lower half of the HTTP library is used: its connector (pool, names, proxies, TLS) and its protocol of a
+connection (parser, back pressure). These have no documented contract: `tests/upstreams/test_library.py` lists what is
+relied on.
 """
 
 import asyncio
-import io
 import os
+import re
 import ssl
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Mapping
+from functools import partial
 from math import inf
-from typing import Any, ClassVar
 
 import aiohttp
-from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout, drop_frames
-from proxy.policy.catalog import Transport, Upstream
-from proxy.upstreams.network import proxy_authorization, proxy_server
+from proxy.formats.kinds import kind_of
+from proxy.policy.catalog import FETCHED_KEYS, Upstream
+from proxy.tasks import Tasks
+from proxy.upstreams.failures import mask_of
+from proxy.upstreams.headers import SERVER_NAME
+from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
 from proxy.upstreams.spool import Spliced
 
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
 _SENT_BYTES_PER_S = 64 * 1024
-# The largest body that is sent with one write. The HTTP library warns of larger ones.
+# The largest body that is sent with one write. A larger one is sent in pieces, as the upstream takes them.
 _ONE_WRITE_BYTES_MAX = 2**20
+_PIECE_BYTES = 2**18
+# Sent with a call that has no such header. A client's own name passes; the library would name itself and Python.
+_DEFAULT_HEADERS = {"accept": "*/*", "user-agent": SERVER_NAME}
+# What no line of a head may have. A line break would begin another line.
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """An upstream's `transport` as the HTTP library takes it.
+class Route:
+    """How requests get to an upstream, and the part of their heads that is always the same.
 
-    `headers` are sent to the upstream with each request. `proxy` has no password, which is in `proxy_headers`. The
-    library sends these with CONNECT alone.
+    `destination` tells the connector where to connect to, and is never sent; `key` is that of its kept connections.
+    `proxy` is host and port of the proxy; its password is in the headers that the library sends with CONNECT alone,
+    and in the fixed part of a head that the proxy reads itself. `mask` masks the key, if it is a fixed one, and the
+    other secrets. `tls` is True if only the system's certificates are trusted.
     """
 
-    transport: Transport
-    timeout: aiohttp.ClientTimeout
-    headers: Mapping[str, str]
-    tls: ssl.SSLContext | bool
-    proxy: URL | None
-    proxy_headers: Mapping[str, str] | None
-    idle_s: float
-    first_byte_s: float | None
-
-    def fit(self, upstream: Upstream) -> bool:
-        """Whether they are those of this upstream, whose configuration may have changed."""
-        return self.transport is upstream.transport or self.transport == upstream.transport
-
-
-def settings_of(transport: Transport, tls: ssl.SSLContext | bool) -> Settings:
-    """The settings for this `transport`. `tls` is True if only the system's certificates are trusted."""
-    connect_s, idle_s = transport.connect_timeout_ms / 1000, transport.idle_timeout_ms / 1000
-    first_byte_s = (transport.first_byte_timeout_ms or inf) / 1000
-    proxy = "" if transport.proxy is None else transport.proxy.reveal()
-    authorization = proxy_authorization(proxy)
-    return Settings(
-        transport,
-        # No total time limit, because a long answer is no failure. The library's limit of a silence does not notice
-        # every one, so `Sending` and `_Watch` have their own.
-        timeout=aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s, sock_read=None),
-        headers={name: value.reveal() for name, value in transport.headers},
-        tls=tls,
-        proxy=URL(proxy_server(proxy)) if proxy else None,
-        proxy_headers={"proxy-authorization": authorization} if authorization else None,
-        idle_s=idle_s,
+    def __init__(self, upstream: Upstream, tls: ssl.SSLContext | bool) -> None:
+        transport = upstream.transport
+        base = URL(upstream.base_url, encoded=True)
+        host = base.host_port_subcomponent or ""
+        proxy = "" if transport.proxy is None else transport.proxy.reveal()
+        proxy_url = URL(proxy_server(proxy)) if proxy else None
+        credentials = {"proxy-authorization": found} if (found := proxy_authorization(proxy)) else {}
+        self.upstream = upstream
+        self.tls = tls
+        self.destination = aiohttp.ClientRequest(
+            "GET",
+            base,
+            ssl=tls,
+            proxy=proxy_url,
+            # With the host, because the library adds it: these headers are a part of the key of kept connections.
+            proxy_headers={**credentials, "Host": host} if credentials else None,
+        )
+        self.key = self.destination.connection_key
+        self.proxy = None if proxy_url is None else proxy_url.authority
+        connect_s, self.idle_s = transport.connect_timeout_ms / 1000, transport.idle_timeout_ms / 1000
+        self.timeout = aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s)
+        first_byte_s = (transport.first_byte_timeout_ms or inf) / 1000
         # Only one that is shorter than the other limit has an effect.
-        first_byte_s=first_byte_s if first_byte_s < idle_s else None,
-    )
+        self.first_byte_s = first_byte_s if first_byte_s < self.idle_s else None
+        # A proxy reads requests to http:// itself. With https it only passes bytes on.
+        self.is_read_by_proxy = self.proxy is not None and base.scheme == "http"
+        own_key = None if isinstance(upstream.api_key, FETCHED_KEYS) else upstream.api_key
+        fixed = {
+            "host": host,
+            **(credentials if self.is_read_by_proxy else {}),
+            **kind_of(upstream.kind).key_headers(own_key),
+            **{name: value.reveal() for name, value in transport.headers},
+        }
+        self._fixed = fixed.keys()
+        self._fixed_lines = _lines(fixed)
+        self.mask = mask_of(upstream)
+        self._origin = f"http://{host}" if self.is_read_by_proxy else ""
+        self._base_path = base.raw_path_qs if base.raw_path_qs != "/" else ""
+
+    def head(self, method: str, path: str, headers: Mapping[str, str], *, body_bytes: int) -> bytes:
+        """The head of a request with these headers, unless the upstream has its own of the same name.
+
+        Raises ValueError if one of them, or the path, has a control character.
+        """
+        target = self._origin + (self._base_path + path or "/")
+        if _CONTROL.search(target):
+            raise ValueError("the address has a control character")
+        own = _lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
+        # With a length, because some servers read no forms from chunked bodies.
+        length = b"Content-Length: %d\r\n\r\n" % body_bytes
+        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, own, length))
+
+    def unreachable(self, reason: str) -> UpstreamError:
+        """The error for a call that got no connection."""
+        text = f'The upstream "{self.upstream.name}" can\'t be reached.'
+        return UpstreamError(text, was_sent=False, headers={"retry-after": "2"}, reason=reason)
 
 
-class Sending:
-    """One request on its way: how much of it is written, and until when the head of its answer has to come.
+def _lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
+    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out."""
+    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
+    if _CONTROL.search("".join(lines)):
+        raise ValueError("a header has a control character")
+    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")
 
-    The time begins with the body. The library limits the time before, which it takes to make a connection.
+
+class Connector(aiohttp.TCPConnector):
+    """Makes connections and keeps them, apart for each upstream with another proxy or other certificates.
+
+    It closes a kept connection on which bytes have come that no request asked for. The library would take them for
+    the answer to the next request. So an upstream that answers twice would give one user's answer to another.
     """
 
-    __slots__ = ("_body_bytes", "_settings", "first_byte_until", "has_begun", "limit", "may_have_arrived")
+    def __init__(self) -> None:
+        # No limit on connections: quotas bound the calls, and calls that queued here would show up nowhere.
+        super().__init__(limit=0, ttl_dns_cache=60, socket_factory=upstream_socket)
+        self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]
 
-    def __init__(self, settings: Settings, *, body_bytes: int) -> None:
-        self.has_begun = False  # a connection was made, and the body is being written
-        self.may_have_arrived = False  # the upstream may have received the call
-        self.first_byte_until: float | None = None  # by the event loop's clock
-        self.limit: asyncio.Timeout | None = None  # None as soon as the head has come
-        self._settings = settings
-        self._body_bytes = body_bytes
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        # Without a parser the connection keeps the bytes as they are, and `should_close` says that there are some.
+        parser, protocol._parser = protocol._parser, None
+        if parser is not None and not (should_close or protocol.should_close):
+            try:
+                should_close = parser.feed_eof() is not None  # a further answer has begun
+            except HttpProcessingError:
+                should_close = True
+        super()._release(key, protocol, should_close=should_close)
 
-    def note_begin(self, *, may_arrive: bool) -> None:
-        """A connection was made, and the body is being written. `may_arrive`: a part of it may arrive alone."""
-        self.has_begun = True
-        self.may_have_arrived = may_arrive
+    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
+        kept = await super()._get(key, traces)
+        while kept is not None and (kept.protocol is None or kept.protocol.should_close):
+            kept.close()
+            kept = await super()._get(key, traces)
+        return kept
+
+
+class _Protocol(ResponseHandler):
+    """A connection that wakes the reader of an answer's body whenever no more of it can come.
+
+    The library does so in most cases. But its parser in C forgets the body when it finds an error in the chunks (`zz`
+    where a length belongs), and a connector that is closed forgets it too.
+    """
+
+    body: aiohttp.StreamReader | None = None  # of the answer that is being read
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        super().set_exception(exc, *cause)
+        if self.body is not None and not self.body.is_eof() and self.body.exception() is None:
+            self.body.set_exception(aiohttp.ClientPayloadError("the connection is gone"))
+
+
+class Exchange:
+    """One request and the bytes of its answer, on one connection.
+
+    There is one timer for the whole exchange, not one for each of its thousands of reads. With an idle timeout of
+    600 s, an answer that begins at 12:00 and sends its last bytes at 12:07 has its timer at 12:10. The silence is
+    only 180 s then, so the timer is set again for 12:17, when the silence is 600 s.
+    """
+
+    def __init__(self, route: Route, *, has_body: bool) -> None:
+        self.is_kept = False  # the connection was used before
+        self.was_sent = False  # the upstream may have received the call
+        self._has_body = has_body  # whether the answer to this method has one
+        self._route = route
+        self._connection: Connection | None = None  # None before and after
+        self._content: aiohttp.StreamReader | None = None  # None until the head has come
+        self._upload: asyncio.Task[None] | None = None  # writes a body that is sent in pieces
+        self._timer: asyncio.TimerHandle
+        self._loop = asyncio.get_running_loop()
+        self._until = inf  # when the wait for the next bytes ends; `inf` while nobody waits
+        self.first_byte_until: float | None = None
+
+    async def begin(self, connector: Connector, uploads: Tasks, head: bytes, body: bytes | Spliced) -> None:
+        """Send a request and wait for the head of its answer.
+
+        `uploads` has the tasks that write large bodies. Raises UpstreamError and UpstreamTimeout.
+        """
+        try:
+            protocol = await self._connect(connector)
+            self._send(protocol, uploads, head, body)
+            del body  # a long answer must not keep it in memory
+            message, content = await protocol.read()
+            while 100 <= message.code < 200 and message.code != 101:
+                message, content = await protocol.read()
+            if message.code == 407 and self._route.is_read_by_proxy:
+                raise self._route.unreachable(_refused_by_proxy(self._route, 407))
+            protocol.body = self._content = content
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            drop_frames(error)  # the library's frames have the body
+            raise self._failure(error) from None
+        finally:
+            if self._content is None:
+                self.end()
+        if (broken := protocol.exception()) is not None:
+            protocol.set_exception(broken)  # it came after the head, when there was nobody to wake
+        self.status, self.headers = message.code, message.headers
+        self._is_until_closed = not message.chunked and "content-length" not in message.headers
+        self._until = inf
+
+    async def read(self) -> bytes:
+        """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
+        content = self._content
+        assert content is not None, "begin() first"
+        try:
+            self._until = self.first_byte_until or self._loop.time() + self._route.idle_s
+            chunk = await content.readany()
+            self._until = inf
+            if not chunk and self._connection is not None:
+                # A body without a length or chunks ends with its connection, but not if that was reset.
+                lost = self._protocol.exception()
+                if self._is_until_closed and not isinstance(lost, aiohttp.ServerDisconnectedError | None):
+                    raise aiohttp.ClientPayloadError("the connection was reset")
+                self.end()
+        except TimeoutError:
+            raise self._late("The upstream stopped sending in the middle of its answer.") from None
+        # The library raises a RuntimeError for a read after its connection is gone.
+        except (aiohttp.ClientError, OSError, RuntimeError):
+            raise UpstreamError("The upstream broke off in the middle of its answer.") from None
+        self.first_byte_until = None
+        return chunk
+
+    def end(self) -> None:
+        """Give the connection back for other calls, or close it, if it is in the middle of a request or an answer."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        self._timer.cancel()
+        is_written = self._upload is None or self._upload.done()
+        if is_written and self._content is not None and not self._protocol.should_close:
+            self._protocol.body = None
+            connection.release()
+            return
+        if self._upload is not None:
+            self._upload.cancel()
+        self._protocol.abort()  # what is not written yet is not sent any more
+        connection.close()
+
+    async def _connect(self, connector: Connector) -> _Protocol:
+        route = self._route
+        self._connection = await connector._get(route.key, [])
+        self.is_kept = self._connection is not None
+        if self._connection is None:
+            self._connection = await connector.connect(route.destination, [], route.timeout)
+        protocol = self._connection.protocol
+        assert isinstance(protocol, _Protocol), "the connector makes no others"
+        protocol.set_response_params(skip_payload=not self._has_body, read_until_eof=True, auto_decompress=False)
+        self._protocol = protocol
+        return protocol
+
+    def _failure(self, error: Exception) -> UpstreamError:
+        """What is raised for a request without an answer."""
+        if self._connection is None:
+            return self._route.unreachable(why_unreachable(error, self._route))
+        if not isinstance(error, TimeoutError):
+            text = "The upstream closed the connection without an answer."
+            return UpstreamError(text, was_sent=self.was_sent)
+        return self._late("The upstream did not answer in time.")
+
+    def _late(self, text: str) -> UpstreamTimeout:
+        """The error for an answer that did not come in time. Until its first byte the call may be moved."""
+        may_be_moved = self.first_byte_until is not None
+        error = UpstreamTimeout("The upstream did not begin its answer in time." if may_be_moved else text)
+        error.may_be_moved = may_be_moved
+        return error
+
+    def _send(self, protocol: _Protocol, uploads: Tasks, head: bytes, body: bytes | Spliced) -> None:
         # For body and head together: an upstream may send one line of it every minute, or 103 again and again.
-        self._end_at(asyncio.get_running_loop().time() + self._settings.idle_s + self._body_bytes / _SENT_BYTES_PER_S)
+        self._until = self._loop.time() + self._route.idle_s + len(body) / _SENT_BYTES_PER_S
+        self._check_time()
+        transport = protocol.transport
+        if transport is None or transport.is_closing():
+            raise aiohttp.ClientConnectionError("the connection is gone")
+        self.was_sent = True
+        if isinstance(body, bytes) and len(body) <= _ONE_WRITE_BYTES_MAX:
+            transport.write(head + body)
+            self._note_written()
+        else:
+            transport.write(head)
+            pieces = _pieces(body) if isinstance(body, bytes) else body.chunks()
+            self._upload = uploads.start("send body", self._write(transport, pieces))
 
-    def note_written(self) -> None:
-        """The whole body is written."""
-        self.may_have_arrived = True
-        if self._settings.first_byte_s is not None:
-            self.first_byte_until = asyncio.get_running_loop().time() + self._settings.first_byte_s
-            self._end_at(self.first_byte_until)
+    async def _write(self, transport: asyncio.Transport, pieces: AsyncIterator[bytes]) -> None:
+        """Write a body in pieces, each when the upstream has taken the one before. A failure ends the exchange."""
+        try:
+            async for piece in pieces:
+                if transport.is_closing():
+                    raise aiohttp.ClientConnectionError("the connection is gone")
+                transport.write(piece)
+                await self._protocol._drain_helper()
+        except (aiohttp.ClientError, OSError, ValueError):  # ValueError: the file on the disk was closed
+            self._protocol.set_exception(aiohttp.ClientConnectionError("the body was not sent"))
+        else:
+            self._note_written()
 
-    def _end_at(self, time: float) -> None:
-        if self.limit is not None and not self.limit.expired():
-            self.limit.reschedule(time)
+    def _note_written(self) -> None:
+        """The whole body is written, so the time until the first byte of the answer begins."""
+        if self._route.first_byte_s is not None and self._content is None:
+            self._until = self.first_byte_until = self._loop.time() + self._route.first_byte_s
+            self._timer.cancel()
+            self._check_time()
 
-
-async def head_of(
-    request: Coroutine[Any, Any, aiohttp.ClientResponse], upstream: Upstream, settings: Settings, sending: Sending
-) -> aiohttp.ClientResponse:
-    """Await the head of the answer. Raises UpstreamError and UpstreamTimeout."""
-    try:
-        async with asyncio.timeout(None) as sending.limit:
-            response = await request
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError) as error:
-        drop_frames(error)  # the library's frames have the body
-        raise _unreachable(upstream, why_unreachable(error, settings)) from None
-    except TimeoutError as error:
-        drop_frames(error)
-        if sending.first_byte_until is not None:
-            raise no_first_byte() from None
-        raise UpstreamTimeout("The upstream did not answer in time.") from None
-    except (aiohttp.ClientError, OSError) as error:
-        drop_frames(error)
-        if settings.proxy is not None and not sending.has_begun:
-            raise _unreachable(upstream, f"the proxy {settings.proxy.authority}: it closed the connection") from None
-        raise UpstreamError(
-            "The upstream closed the connection without an answer.", was_sent=sending.may_have_arrived
-        ) from None
-    finally:
-        sending.limit = None
-    # With https the proxy only passes bytes on, so the status is the upstream's.
-    if response.status == 407 and settings.proxy is not None and upstream.base_url.startswith("http:"):
-        response.close()
-        raise _unreachable(upstream, _refused_by_proxy(settings, 407))
-    return response
-
-
-def no_first_byte() -> UpstreamTimeout:
-    """The error for an answer that did not begin within `first_byte_timeout`."""
-    error = UpstreamTimeout("The upstream did not begin its answer in time.")
-    error.may_be_moved = True
-    return error
+    def _check_time(self) -> None:
+        """End the wait for the next bytes if its time is over. Otherwise check again before any other can be over."""
+        now = self._loop.time()
+        if now >= self._until:
+            (self._protocol if self._content is None else self._content).set_exception(TimeoutError())
+        else:
+            next_check = min(self._until, now + self._route.idle_s)
+            self._timer = self._loop.call_at(next_check, self._check_time)
 
 
-def _unreachable(upstream: Upstream, reason: str) -> UpstreamError:
-    text = f'The upstream "{upstream.name}" can\'t be reached.'
-    return UpstreamError(text, was_sent=False, headers={"retry-after": "2"}, reason=reason)
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]
 
 
-def why_unreachable(error: aiohttp.ClientError, settings: Settings) -> str:
+def why_unreachable(error: BaseException, route: Route) -> str:
     """Why no connection was made, for the log: the address, and what is wrong with it or with its certificate.
 
     If connections are made through a proxy, it is named, and whether it is the proxy that failed.
     """
-    proxy = settings.proxy
-    through = "" if proxy is None else f" (through the proxy {proxy.authority})"
+    proxy = route.destination.proxy
+    through = "" if proxy is None else f" (through the proxy {route.proxy})"
     match error:
         case aiohttp.ClientHttpProxyError():
-            return _refused_by_proxy(settings, error.status)
+            return _refused_by_proxy(route, error.status)
         case aiohttp.ClientConnectorCertificateError():
             certificate = error.certificate_error
             why = f"its certificate is not valid: {getattr(certificate, 'verify_message', None) or certificate}"
@@ -170,58 +351,16 @@ def why_unreachable(error: aiohttp.ClientError, settings: Settings) -> str:
         case aiohttp.ClientConnectorError():
             # The library's own text does not say "refused". There is no number if several addresses were tried.
             why = os.strerror(error.os_error.errno) if error.os_error.errno else str(error.os_error)
+        case TimeoutError():
+            return f"no connection within {route.timeout.connect:g} s{through}"
         case _:
-            return f"no connection within {settings.timeout.connect:g} s{through}"
+            return str(error) if proxy is None else f"the proxy {route.proxy}: it closed the connection"
     if proxy is not None and (error.host, error.port) == (proxy.raw_host, proxy.port):
-        return f"the proxy {proxy.authority}: {why}"
+        return f"the proxy {route.proxy}: {why}"
     host = f"[{error.host}]" if ":" in error.host else error.host
     return f"{host}:{error.port}: {why}{through}"
 
 
-def _refused_by_proxy(settings: Settings, status: int) -> str:
+def _refused_by_proxy(route: Route, status: int) -> str:
     what = "it does not take our user and password" if status == 407 else "it makes no connection"
-    return f"the proxy {settings.proxy.authority if settings.proxy else ''}: {what} (status {status})"
-
-
-class _NotedPayload(aiohttp.Payload):
-    """A body that tells its `Sending` when the library begins to write it, and when it has written all of it."""
-
-    # Whether the upstream may have a part of the request before all of it is written.
-    is_written_in_pieces: ClassVar[bool] = True
-
-    def __init__(self, body: Any, sending: Sending) -> None:
-        super().__init__(body)
-        self._sending = sending
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        self._sending.note_begin(may_arrive=self.is_written_in_pieces)
-        await super().write_with_length(writer, content_length)
-        self._sending.note_written()
-
-
-class _OneWritePayload(_NotedPayload, aiohttp.BytesPayload):
-    """A body that is written together with the head, in one write.
-
-    An upstream may close a kept connection at the moment at which we use it again. If nothing was written, the call
-    was not sent and may go elsewhere. If head and body were written separately, the upstream could have the head
-    alone.
-    """
-
-    is_written_in_pieces = False
-
-
-class _LargePayload(_NotedPayload, aiohttp.BytesIOPayload):
-    """Bytes that are written in pieces."""
-
-
-class _SplicedPayload(_NotedPayload, aiohttp.AsyncIterablePayload):
-    """The pieces of a body on the disk."""
-
-
-def payload_of(body: bytes | Spliced, sending: Sending) -> _NotedPayload:
-    """The body in the form in which the HTTP library is to send it."""
-    if isinstance(body, Spliced):
-        return _SplicedPayload(body.chunks(), sending)
-    if len(body) > _ONE_WRITE_BYTES_MAX:
-        return _LargePayload(io.BytesIO(body), sending)
-    return _OneWritePayload(body, sending)
+    return f"the proxy {route.proxy}: {what} (status {status})"

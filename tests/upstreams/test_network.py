@@ -175,11 +175,10 @@ async def test_many_calls_share_one_context_for_tls(tmp_path: Path) -> None:
     async with tls_upstream(tmp_path, Requests()) as url, opened() as upstreams:
         ups = [Upstream("up", url, None, transport=Transport(ca=AUTHORITY.pem)) for _ in range(10)]
         await asyncio.gather(*(ask(upstreams, up) for up in ups))
-        assert upstreams._session is not None
-        assert len(keys := {key.ssl for key in upstreams._session.connector._conns}) == 1  # type: ignore[union-attr]
+        assert len(keys := {key.ssl for key in upstreams.connector._conns}) == 1
         changed = Transport(ca=AUTHORITY.pem + Authority("Other CA").pem)
         await ask(upstreams, Upstream("up", url, None, transport=changed))
-        assert len({key.ssl for key in upstreams._session.connector._conns} - keys) == 1  # type: ignore[union-attr]
+        assert len({key.ssl for key in upstreams.connector._conns} - keys) == 1
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
@@ -325,8 +324,7 @@ async def test_connections_to_upstreams_are_kept_alive() -> None:
     async with connections(seen.serve) as port, opened() as upstreams:
         up = Upstream("up", f"http://127.0.0.1:{port}", None)
         await ask(upstreams, up)
-        assert upstreams._session is not None
-        [[(kept, _)]] = upstreams._session.connector._conns.values()  # type: ignore[union-attr]
+        [[(kept, _)]] = upstreams.connector._conns.values()
         assert options_of(kept.transport.get_extra_info("socket")) == (1, 60)
 
 
