@@ -117,14 +117,15 @@ class ChatMeter(Meter):
     def _new_ending(self, request: Request) -> Ending:
         return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
 
-    def _see_answer(self, answer: JSON) -> object:
-        choices = without_usages(answer.get("choices"))
+    def _see_answer(self, answer: JSON) -> None:
         self._see_usage(answer.get("usage"))
         self._see_usages_elsewhere(answer)
         if self._states_first_choice_only:
-            self._keep_other_choices(choices)
+            self._keep_other_choices(without_usages(answer.get("choices")))
+
+    def _output_of(self, answer: JSON) -> object:
         # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
-        return [choices, answer.get("output")]
+        return [without_usages(answer.get("choices")), answer.get("output")]
 
     def _keep_other_choices(self, choices: object) -> None:
         """Keep the texts of all choices but the first. llama.cpp states the usage of the first only."""

@@ -81,7 +81,7 @@ class MediaMeter(Meter):
         none. If it has text, that is counted.
         """
         stated = self._read(usage)
-        if stated is None or not any(stated.parts):
+        if stated is None or stated.is_zero:
             return None
         text = answer.get("text") if self._is_transcript else None
         if not stated.known_output and isinstance(text, str):

@@ -95,8 +95,10 @@ class MessagesMeter(Meter):
     def _new_ending(self, request: Request) -> Ending:
         return MessagesEnding()
 
-    def _see_answer(self, answer: JSON) -> object:
+    def _see_answer(self, answer: JSON) -> None:
         self._see_usages(answer)
+
+    def _output_of(self, answer: JSON) -> object:
         return answer.get("content")
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:

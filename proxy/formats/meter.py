@@ -232,8 +232,9 @@ class Meter(ABC):
             self._see_other_body(body)
             return
         self._see_error(answer)
-        output = self._see_answer(answer)
+        self._see_answer(answer)
         if self._counts_text and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
+            output = self._output_of(answer)
             self.uncounted_texts = [*texts_in(output)]
             is_known = any(output) if isinstance(output, list) else bool(output)
             if not is_known and not is_error(answer):
@@ -272,11 +273,15 @@ class Meter(ABC):
         """Record an event of a stream, parsed as `chunk`, and return the bytes for the client."""
 
     @abstractmethod
-    def _see_answer(self, answer: JSON) -> object:
-        """Record a whole answer, and return the part of it that has the model's texts, or a list of such parts.
+    def _see_answer(self, answer: JSON) -> None:
+        """Record a whole answer."""
+
+    def _output_of(self, answer: JSON) -> object:
+        """The part of a whole answer that has the model's texts, or a list of such parts.
 
         If they are all empty, the answer has the shape of another API.
         """
+        return None
 
     # What it may override, and what it calls.
 
@@ -340,9 +345,9 @@ class Meter(ABC):
             # Some servers state only the total of an embedding, which a limit on input must count.
             stated = Stated((stated.known_input or 0) + (stated.known_output or 0), 0, stated.cached)
         before, output = self._output_stated, stated.output_without_extra or 0
-        if self._stated is not None and not any(stated.parts):
+        if self._stated is not None and stated.is_zero:
             return  # zeros count only if they are the only usage
-        if self._stated is not None and any(self._stated.parts):
+        if self._stated is not None and not self._stated.is_zero:
             self._is_contradicted = self._is_contradicted or stated.contradicts(self._stated)
             stated = self._stated.largest(stated)
         self._stated = stated
@@ -358,7 +363,8 @@ class Meter(ABC):
         """Record the usages that a vendor states in members of its own, or in the choices."""
         for usage in usages_beside(document):
             self._see_usage(usage)
-        self._see_usages_of_choices(usages_in_choices(document.get("choices")))
+        if usages := usages_in_choices(document.get("choices")):
+            self._see_usages_of_choices(usages)
 
     def _see_usages_of_choices(self, usages: Iterable[tuple[int, object]]) -> None:
         """Record the usages that are stated inside choices (Kimi), each with the index of its choice."""

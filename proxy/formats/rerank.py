@@ -27,12 +27,11 @@ class RerankMeter(Meter):
         self._see_answer(chunk)
         return event.raw
 
-    def _see_answer(self, answer: JSON) -> object:
+    def _see_answer(self, answer: JSON) -> None:
         meta = answer.get("meta")
         stated_by_cohere = [meta.get(name) for name in ("tokens", "billed_units")] if isinstance(meta, dict) else []
         for usage in (answer.get("usage"), *usages_beside(answer), *stated_by_cohere):
             self._see_usage(usage)
-        return None
 
     def _see_other_body(self, body: bytes) -> None:
         """Record a list of scores; anything else is an error."""

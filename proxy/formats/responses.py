@@ -65,9 +65,11 @@ class ResponsesMeter(Meter):
         self.has_error = self.has_error or not self._has_ended
         return b""
 
-    def _see_answer(self, answer: JSON) -> object:
+    def _see_answer(self, answer: JSON) -> None:
         self._see_response(answer)
         self.has_error = self.has_error or answer.get("status") not in _FINISHED
+
+    def _output_of(self, answer: JSON) -> object:
         # A gateway may answer in chat's shape. Its text is delivered, so it counts.
         return [without_usages(answer.get("choices")), answer.get("output")]
 

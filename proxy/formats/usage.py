@@ -5,8 +5,8 @@ function reads them all, for every surface. It does not accept a usage that make
 and the caller counts the tokens itself. docs/threats.md ("What is charged for strange usage") lists the cases. Pure.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proxy.policy.amounts import Tokens
@@ -28,6 +28,8 @@ _INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_
 _OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
 # Other names for the tokens that were read from the cache: DeepSeek's and Kimi's.
 _CACHE_HITS = ("cached_tokens", "prompt_cache_hit_tokens")
+_CACHED = ("cached_tokens",)
+_CACHED_BESIDE = (*_CACHE_HITS, _CACHE_READ)
 # The names in the details of the input for tokens that were written to the cache: OpenRouter's and LiteLLM's.
 _CACHE_WRITES = ("cache_write_tokens", "cache_creation_tokens", _CACHE_WRITE)
 # Anthropic calls its reasoning thinking.
@@ -43,6 +45,15 @@ class Stated:
     `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
     nothing else; beside parts from another object it only fills in a missing output. `extra` is output in
     addition to `output`, or to the total.
+
+    What follows from these:
+
+    - `is_only_total`: a total is all that is stated, beside zeros. It is charged as output, and includes the input.
+    - `known_input`: the input; 0 if only a total is stated.
+    - `output_without_extra`: the output, or else what the total leaves beside the input: a total of 16 beside an
+      input of 11 is 5. Zeros take nothing away from a total that another object states.
+    - `known_output`: the output with the additional one; None if only the latter is stated.
+    - `is_zero`: no part is more than 0.
     """
 
     input: int | None = None
@@ -51,37 +62,22 @@ class Stated:
     reasoning: int = 0
     total: int | None = None
     extra: int = 0
+    is_only_total: bool = field(init=False, repr=False, compare=False)
+    known_input: int | None = field(init=False, repr=False, compare=False)
+    output_without_extra: int | None = field(init=False, repr=False, compare=False)
+    known_output: int | None = field(init=False, repr=False, compare=False)
+    is_zero: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def is_only_total(self) -> bool:
-        """Whether a total is all that is stated, beside zeros. It is charged as output, and includes the input."""
-        return not self.input and not self.output and self.total is not None
-
-    @property
-    def known_input(self) -> int | None:
-        """The input; 0 if only a total is stated."""
-        return 0 if self.is_only_total else self.input
-
-    @property
-    def known_output(self) -> int | None:
-        """The output with the additional one; None if only the latter is stated."""
-        output = self.output_without_extra
-        return None if output is None else output + self.extra
-
-    @property
-    def output_without_extra(self) -> int | None:
-        """The output, or else what the total leaves beside the input: a total of 16 beside an input of 11 is 5.
-
-        Zeros take nothing away from a total that another object states.
-        """
-        if self.output or self.total is None:
-            return self.output
-        return max(0, self.total - (self.input or 0))
-
-    @property
-    def parts(self) -> tuple[int | None, int | None, int | None, int]:
-        """Input, output with the additional one, total, and additional output."""
-        return self.input, self.known_output, self.total, self.extra
+    def __post_init__(self) -> None:
+        """Derive what a meter asks for again and again."""
+        output = self.output if self.output or self.total is None else max(0, self.total - (self.input or 0))
+        is_only_total = not self.input and not self.output and self.total is not None
+        put = object.__setattr__
+        put(self, "is_only_total", is_only_total)
+        put(self, "known_input", 0 if is_only_total else self.input)
+        put(self, "output_without_extra", output)
+        put(self, "known_output", None if output is None else output + self.extra)
+        put(self, "is_zero", not (self.input or output or self.total or self.extra))
 
     def tokens(self) -> Tokens:
         """The tokens; 0 for a part that is unknown. Cached and reasoning tokens are never more than their whole."""
@@ -169,10 +165,14 @@ def read_usage(
         # The total says what the output is, and it does not include the additional members.
         stated = _with_surplus(stated, usage, output_bound)
     if stated is not None and output_bound is not None:
-        stated = replace(stated, extra=sum(_count(usage.get(name)) or 0 for name in extra))
+        if extra:
+            stated = replace(stated, extra=sum(_count(usage.get(name)) or 0 for name in extra))
         stated = _with_surplus(stated, usage, output_bound)
         stated = _with_reasoning(stated, usage, output_bound, extra)
-    if stated is None or any(part is not None and part > REPORTED_MAX for part in stated.parts):
+    if stated is None:
+        return None
+    # The output is at least as much as the total leaves beside the input, and as the additional output.
+    if max(stated.input or 0, stated.known_output or 0, stated.total or 0, stated.extra) > REPORTED_MAX:
         return None
     is_too_much = stated.is_only_total and total_bound is not None and (stated.total or 0) > total_bound
     return None if is_too_much else stated
@@ -193,11 +193,13 @@ def read_timings(timings: object) -> Stated | None:
     return None
 
 
-def usages_beside(document: dict[str, Any]) -> Iterator[object]:
+def usages_beside(document: dict[str, Any]) -> list[object]:
     """The usages in members of a vendor's own, such as Groq's: `{"x_groq": {"id": …, "usage": {…}}}`."""
-    for name, value in document.items():
-        if name.startswith("x_") and isinstance(value, dict) and value.get("usage") is not None:
-            yield value["usage"]
+    return [
+        value["usage"]
+        for name, value in document.items()
+        if isinstance(value, dict) and name.startswith("x_") and value.get("usage") is not None
+    ]
 
 
 def usages_in_choices(choices: object) -> list[tuple[int, object]]:
@@ -210,10 +212,10 @@ def usages_in_choices(choices: object) -> list[tuple[int, object]]:
     found: list[tuple[int, object]] = []
     for place, choice in enumerate(choices):
         if isinstance(choice, dict):
-            parts = [part for part in (choice, choice.get("delta"), choice.get("message")) if isinstance(part, dict)]
-            index = choice.get("index")
-            index = index if isinstance(index, int) else place
-            found += [(index, part["usage"]) for part in parts if "usage" in part]
+            for part in (choice, choice.get("delta"), choice.get("message")):
+                if isinstance(part, dict) and "usage" in part:
+                    index = choice.get("index")
+                    found.append((index if isinstance(index, int) else place, part["usage"]))
     return found
 
 
@@ -235,10 +237,11 @@ def without_usages(choices: object) -> object:
 
 def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | None:
     """What the parts of a usage state, and its total where they state less; None if one of them makes no sense."""
-    groups = [_INPUT, _OUTPUT] + ([(_CACHE_READ,), (_CACHE_WRITE,)] if has_separate_cache else [])
-    if any(_is_unreadable(usage, names) for names in groups):
+    try:
+        input_tokens, output_tokens = _part(usage, _INPUT), _part(usage, _OUTPUT)
+        caches = [_part(usage, (name,)) for name in CACHE_PARTS] if has_separate_cache else []
+    except ValueError:
         return None
-    input_tokens, output_tokens, *caches = (_largest_of(usage, names) for names in groups)
     for count in caches:
         input_tokens = input_tokens if count is None else (input_tokens or 0) + count
     total, reasoning = _count(usage.get(_TOTAL)), _reasoning_in(usage)
@@ -267,11 +270,12 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | Non
     total, stated_output = _count(usage.get(_TOTAL)), stated.output or 0
     if stated.input is None or total is None:
         return stated
-    surplus, caches = total - stated.input - stated_output - stated.extra, _caches_in(usage)
+    surplus = total - stated.input - stated_output - stated.extra
     if surplus == 0:
-        return replace(stated, output=stated_output)
+        return stated if stated.output is not None else replace(stated, output=0)
     if surplus < 0 or output_bound is None:
         return stated
+    caches = _caches_in(usage)
     if surplus == stated.reasoning:
         cached, output = 0, surplus
     elif surplus in caches:
@@ -288,38 +292,48 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | Non
 
 
 def _cached_in(usage: dict[str, Any]) -> int:
-    counts = [_detail(usage, _INPUT_DETAILS, ("cached_tokens",)), _largest_of(usage, (*_CACHE_HITS, _CACHE_READ))]
-    return max(count or 0 for count in counts)
+    return max(_detail(usage, _INPUT_DETAILS, _CACHED), _largest_of(usage, _CACHED_BESIDE) or 0)
 
 
 def _reasoning_in(usage: dict[str, Any]) -> int:
-    counts = [_detail(usage, _OUTPUT_DETAILS, _REASONING), _largest_of(usage, _REASONING)]
-    return max(count or 0 for count in counts)
+    return max(_detail(usage, _OUTPUT_DETAILS, _REASONING), _largest_of(usage, _REASONING) or 0)
 
 
 def _caches_in(usage: dict[str, Any]) -> Collection[int]:
     """The numbers of cached tokens that a surplus may be: those read, those written, and both."""
-    counts = [_detail(usage, _INPUT_DETAILS, _CACHE_WRITES), _count(usage.get(_CACHE_WRITE))]
-    read, written = _cached_in(usage), max(count or 0 for count in counts)
+    read = _cached_in(usage)
+    written = max(_detail(usage, _INPUT_DETAILS, _CACHE_WRITES), _count(usage.get(_CACHE_WRITE)) or 0)
     return {read, written, read + written} - {0}
 
 
-def _detail(usage: dict[str, Any], sections: Sequence[str], names: Sequence[str]) -> int | None:
-    details = [section for name in sections if isinstance(section := usage.get(name), dict)]
-    return max((count for section in details if (count := _largest_of(section, names)) is not None), default=None)
+def _detail(usage: dict[str, Any], sections: Sequence[str], names: Sequence[str]) -> int:
+    largest = 0
+    for name in sections:
+        if name in usage and isinstance(section := usage[name], dict):
+            largest = max(largest, _largest_of(section, names) or 0)
+    return largest
 
 
 def _largest_of(usage: dict[str, Any], names: Sequence[str]) -> int | None:
-    return max((count for name in names if (count := _count(usage.get(name))) is not None), default=None)
+    largest = None
+    for name in names:
+        if name in usage and (count := _count(usage[name])) is not None and (largest is None or count > largest):
+            largest = count
+    return largest
 
 
-def _is_unreadable(usage: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether none of these members has a count, and one has another value. Null is treated as a missing member."""
-    return _largest_of(usage, names) is None and any(usage.get(name) is not None for name in names)
+def _part(usage: dict[str, Any], names: Sequence[str]) -> int | None:
+    """The largest of these members, None if they are missing or null. Raises ValueError if none makes sense."""
+    count = _largest_of(usage, names)
+    if count is None and any(usage.get(name) is not None for name in names):
+        raise ValueError
+    return count
 
 
 def _largest(first: int | None, second: int | None) -> int | None:
-    return max((count for count in (first, second) if count is not None), default=None)
+    if first is None or second is None:
+        return second if first is None else first
+    return max(first, second)
 
 
 def _sum(first: int | None, second: int | None) -> int | None:
@@ -327,6 +341,8 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 
 def _count(value: object) -> int | None:
+    if type(value) is int:
+        return value if 0 <= value <= REPORTED_MAX else None
     if isinstance(value, bool):  # a bool is an int in Python
         return None
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:

@@ -28,8 +28,8 @@ from tests.stage import Stage, key_of, stage
 
 # A whole answer, on SQLite, on connections that are open: how often functions of ours are entered, how many different
 # ones these are, and what is made.
-FUNCTIONS, DISTINCT = 781, 484
-MADE = Counter({"tasks": 2, "futures": 9, "timers": 4, "context managers": 4})
+FUNCTIONS, DISTINCT = 693, 460
+MADE = Counter({"tasks": 1, "futures": 9, "timers": 3, "context managers": 2})
 # Of these the shortest one counts, but never the first.
 CALLS = 6
 
