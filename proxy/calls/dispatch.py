@@ -33,8 +33,8 @@ in flight, then it is a 503.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -171,6 +171,36 @@ class Candidates:
         self.first.call.request.body.free()
 
 
+class Attempt:
+    """One attempt of a call: how it was sent, its answer, and the slot of its upstream, which was taken for it."""
+
+    __slots__ = ("_answer", "_has_slot", "_slots", "call")
+
+    def __init__(self, call: Call, slots: Slots) -> None:
+        self.call = call
+        self._answer: Answer | None = None
+        self._slots = slots
+        self._has_slot = True
+
+    @property
+    def answer(self) -> Answer:
+        """The upstream's answer, which has come."""
+        assert self._answer is not None, "there is no attempt without an answer but in the dispatcher"
+        return self._answer
+
+    def note_answer(self, call: Call, answer: Answer) -> None:
+        """The call was sent like this, and this is the answer."""
+        self.call, self._answer = call, answer
+
+    def close(self) -> None:
+        """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
+        if self._answer is not None:
+            self._answer.close()
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.give_back(self.call.model.upstream.name, self.call.caller.user)
+
+
 class Dispatcher:
     """Sends calls, and remembers which upstreams are in cooldown and which accept the usage option.
 
@@ -210,11 +240,8 @@ class Dispatcher:
         await candidates.set_contexts(self.model_lists)
         return candidates
 
-    @asynccontextmanager
-    async def answer(
-        self, candidates: Candidates, reservation: Reservation, *, start: Start
-    ) -> AsyncIterator[tuple[Call, Answer]]:
-        """Hand out the answer, and the call as it was sent to the target that gave it.
+    async def answer(self, candidates: Candidates, reservation: Reservation, *, start: Start) -> Attempt:
+        """The attempt whose answer is for the client. The caller closes it.
 
         This is the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
         upstream answered, or if the call may have run and gave no answer, and UpstreamFull if it got no slot in time.
@@ -224,42 +251,43 @@ class Dispatcher:
         routing: RoutingState | None = RoutingState(
             candidates.targets, deadline=self._now() + candidates.first.call.policy.retry_for_ms
         )
-        last_failure: tuple[Call, Answer] | None = None
+        last_failure: Attempt | None = None
         while routing is not None:
-            target, routing = await self._next_target(candidates, routing)
+            target, state = await self._next_target(candidates, routing)
             if target is None:
                 break
             candidate = candidates.for_target(target)
-            # The connection of a failed attempt is closed, and its slot given back, before the next attempt begins.
-            async with AsyncExitStack() as connection:
-                connection.callback(self.slots.give_back, target.upstream.name, candidate.call.caller.user)
-                try:
-                    call, answer = await connection.enter_async_context(self._attempt(candidate, reservation, start))
-                    status = answer.status
-                    if len(routing.remaining) > 1 or status // 100 != 2:
-                        status = await _status_from_body(answer, heartbeat_of(call, reservation, start))
-                except UpstreamError as error:
-                    routing = self._after_error(error, routing, candidate)
-                    if routing is None and (error.was_sent or last_failure is None):
-                        raise
-                    # Nothing reached the upstream, nobody can read its answer, or the attempt was abandoned.
-                    reservation.is_sent = False
-                else:
-                    routing = self._after_answer(answer, status, routing, candidate)
-                    if routing is None:
-                        candidates.free_body()
-                        yield call, answer
-                        return
-                    # The call did not run. If the client leaves before the next attempt, nothing is charged.
-                    reservation.is_sent = False
-                    if answer.status // 100 != 2:  # otherwise its whole body has been read
-                        await answer.error_body()  # kept by `answer`, because its connection is closed here
-                    last_failure = call, answer
+            attempt = Attempt(candidate.call, self.slots)
+            is_final = False
+            try:
+                answer = await self._attempt(attempt, candidate, reservation, start)
+                status = answer.status
+                if len(state.remaining) > 1 or status // 100 != 2:
+                    status = await _status_from_body(answer, heartbeat_of(attempt.call, reservation, start))
+                routing = self._after_answer(answer, status, state, candidate)
+                is_final = routing is None
+                if is_final:
+                    candidates.free_body()
+                    return attempt
+                # The call did not run. If the client leaves before the next attempt, nothing is charged.
+                reservation.is_sent = False
+                if answer.status // 100 != 2:  # otherwise its whole body has been read
+                    await answer.error_body()  # kept by `answer`, whose connection is closed now
+                last_failure = attempt
+            except UpstreamError as error:
+                routing = self._after_error(error, state, candidate)
+                if routing is None and (error.was_sent or last_failure is None):
+                    raise
+                # Nothing reached the upstream, nobody can read its answer, or the attempt was abandoned.
+                reservation.is_sent = False
+            finally:
+                if not is_final:
+                    attempt.close()
         if last_failure is None:
             raise self._full()
-        reservation.target = last_failure[0].model
+        reservation.target = last_failure.call.model
         candidates.free_body()
-        yield last_failure
+        return last_failure
 
     async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
         """The target of the next attempt, with a slot of its upstream, and the state from then on.
@@ -313,14 +341,14 @@ class Dispatcher:
         candidates.wait_s -= time() - began_s
         return name
 
-    @asynccontextmanager
     async def _attempt(
-        self, candidate: Candidate, reservation: Reservation, start: Start
-    ) -> AsyncIterator[tuple[Call, Answer]]:
+        self, attempt: Attempt, candidate: Candidate, reservation: Reservation, start: Start
+    ) -> Answer:
         """Send the call to one target, and once more if the target rejects something that we wrote into it.
 
-        Hands out the call as it was sent last, and the answer to that. The second time counts as the same attempt:
-        the client did not write what was rejected, so this is no failure of the client's request. See `_amended`.
+        The attempt has the call as it was sent last, and the answer to that, which is returned. The second time
+        counts as the same attempt: the client did not write what was rejected, so this is no failure of the client's
+        request. See `_amended`.
         """
         await candidate.count.count_large_input()
         # Before the attempt begins, so that a client that leaves while it waits is charged nothing.
@@ -338,18 +366,21 @@ class Dispatcher:
         line.mark_sent()
         line.capped_by = None if call.maximum is None else reservation.entry.capped_by
         asked = call
-        amended: Call | None = call
-        while amended is not None:
-            call = amended
+        while True:
             if call.request.is_option_withheld:
                 meter.stop_stripping()
             body = await self.threads.run(partial(candidate.body, call), cost=call.request.body.cost)
-            async with self._send(call, body, reservation, start) as answer:
-                del body  # a long answer must not keep it in memory
-                amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
-                if amended is None:
-                    self._note_usage_option(asked, call, answer)
-                    yield call, answer
+            sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
+            del body  # a long answer must not keep it in memory
+            async with heartbeat_of(call, reservation, start) or nullcontext():
+                answer = await sending
+            attempt.note_answer(call, answer)
+            amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
+            if amended is None:
+                self._note_usage_option(asked, call, answer)
+                return answer
+            answer.close()
+            call = amended
 
     async def _amended(self, call: Call, answer: Answer, *, held_input: int) -> Call | None:
         """The call as it is sent once more; None if the answer is final, or if nobody would read the next one.
@@ -393,13 +424,6 @@ class Dispatcher:
         elif asked.adds_usage:
             log.info("upstream takes no stream_options", upstream=sent.model.upstream.name, model=sent.model_label)
             self._usage_options.note(sent.address, sent.model, is_accepted=False)
-
-    def _send(
-        self, call: Call, body: bytes | Spliced, reservation: Reservation, start: Start
-    ) -> AbstractAsyncContextManager[Answer]:
-        sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
-        heartbeat = heartbeat_of(call, reservation, start)
-        return sending if heartbeat is None else _sent_in(heartbeat, sending)
 
     def _full(self) -> UpstreamFull:
         retry_s = self.durations.busy_s(self._now())
@@ -499,17 +523,6 @@ def heartbeat_of(call: Call, reservation: Reservation, start: Start) -> Abstract
     if every_s is None or not call.request.stream:
         return None
     return call.client.heartbeat_before_answer(every_s, partial(start, call, reservation))
-
-
-@asynccontextmanager
-async def _sent_in(
-    block: AbstractAsyncContextManager[None], sending: AbstractAsyncContextManager[Answer]
-) -> AsyncIterator[Answer]:
-    """Send a call, and stay in this block until the upstream's head has come."""
-    async with AsyncExitStack() as connection:
-        async with block:
-            answer = await connection.enter_async_context(sending)
-        yield answer
 
 
 async def _is_option_rejected(answer: Answer, call: Call) -> bool:

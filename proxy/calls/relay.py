@@ -114,15 +114,11 @@ class Relay:
         watch = self._disconnects.watch(call, reservation)
         try:
             try:
-                answering = self._dispatcher.answer(candidates, reservation, start=self._start_stream)
-                async with answering as (sent, answer):
-                    client.line.upstream_request = _logged_id(answer)
-                    if answer.status // 100 != 2:
-                        await self._forward_error(answer, sent, reservation)
-                    elif await self._begins_stream(answer, sent, reservation):
-                        await self._forward_stream(answer, sent, reservation)
-                    else:
-                        await self._forward_whole(answer, sent, reservation)
+                attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                try:
+                    await self._forward(attempt.answer, attempt.call, reservation)
+                finally:
+                    attempt.close()
             except ProxyError as error:  # the client may leave while it is told
                 await self._end_failed(error, call, reservation)
         except asyncio.CancelledError:  # by `watch`, or because the server stops
@@ -278,6 +274,16 @@ class Relay:
         # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
         await call.client.write(error_event(call.request.endpoint, error))
         await call.client.end()
+
+    async def _forward(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Forward an answer to the client, and end the call."""
+        call.client.line.upstream_request = _logged_id(answer)
+        if answer.status // 100 != 2:
+            await self._forward_error(answer, call, reservation)
+        elif await self._begins_stream(answer, call, reservation):
+            await self._forward_stream(answer, call, reservation)
+        else:
+            await self._forward_whole(answer, call, reservation)
 
     async def _begins_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
         """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.

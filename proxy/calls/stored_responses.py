@@ -151,7 +151,7 @@ class StoredResponses:
         address = query.address(upstream, api_version=client.api_version)
         client.line.upstream = upstream.name
         client.line.mark_sent()
-        async with self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
+        async with await self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
             if answer.status == 404:
                 client.line.mark_answered()
                 raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
@@ -196,7 +196,7 @@ class StoredResponses:
         try:
             async with (
                 asyncio.timeout(_DELETE_S),
-                self._upstreams.send(upstream, address, b"", headers, method="DELETE") as answer,
+                await self._upstreams.send(upstream, address, b"", headers, method="DELETE") as answer,
             ):
                 await answer.error_body()  # to the end, so that the connection can be used again
                 is_gone = answer.status // 100 == 2 or answer.status == 404

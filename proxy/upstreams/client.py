@@ -8,9 +8,8 @@ one would send our key to whatever address a redirect names, the other one user'
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
@@ -63,6 +62,8 @@ class Answer:
     `is_event_stream` is what its header says; `carries_events` is the truth. `must_begin_in_time` says that
     its body has a limit for its first byte (`first_byte_timeout`). `mask` masks our key in it, and `fetched_key` is
     the key with which it was asked for, if that is not a fixed one.
+
+    It has to be closed, by `close` or at the end of a block.
     """
 
     def __init__(self, exchange: Exchange, mask: Mask, fetched_key: Secret | None) -> None:
@@ -87,6 +88,17 @@ class Answer:
             self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
+        self._exchange = exchange
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, or keep it for another call if the whole body was read."""
+        self._exchange.end()
 
     @property
     def status_reason(self) -> str:
@@ -219,7 +231,7 @@ class Upstreams:
         if self.connector is not None:
             await self.connector.close()
 
-    def send(
+    async def send(
         self,
         upstream: Upstream,
         path: str,
@@ -227,11 +239,11 @@ class Upstreams:
         headers: Mapping[str, str],
         *,
         method: str = "POST",
-    ) -> AbstractAsyncContextManager[Answer]:
-        """Send `body` with our key and hand out the answer.
+    ) -> Answer:
+        """Send `body` with our key and return the answer as soon as its head has come. The caller closes it.
 
-        Leaving the block closes the connection, or keeps it for another call. A key that has to be fetched and is not
-        there yet is waited for. If the upstream rejects it (401), another one is fetched in the background.
+        A key that has to be fetched and is not there yet is waited for. If the upstream rejects it (401), another one
+        is fetched in the background.
 
         The upstream's own `headers` replace those of the same name.
 
@@ -240,11 +252,46 @@ class Upstreams:
         says enough without its body. Raises UpstreamWithoutKey if the key could not be fetched, and ValueError if a
         header has a control character.
         """
-        return _Request(self, upstream, path, body, headers, method)
+        route = await self.route_to(upstream)
+        mask, fetched_key = route.mask, None
+        if isinstance(upstream.api_key, FETCHED_KEYS):
+            keys = await self.credentials.keys(upstream)
+            mask, fetched_key = mask_of(upstream, keys.all), keys.current
+            key_headers = kind_of(upstream.kind).key_headers(fetched_key, is_access_token=keys.is_access_token)
+            headers = {**headers, **key_headers}
+        exchange = await self._begin(route, method, route.head(method, path, headers, body_bytes=len(body)), body)
+        try:
+            answer = Answer(exchange, mask, fetched_key)
+            if answer.status == 401 and fetched_key is not None:
+                self.credentials.note_rejected(upstream, fetched_key)
+            if answer.is_compressed and answer.status // 100 == 2 and not await answer.is_decodable():
+                raise UpstreamUnreadable(
+                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
+                    "or named a compression that it did not use. The operator of this proxy has to turn that "
+                    "compression off.",
+                    was_sent=False,
+                )
+        except BaseException:
+            exchange.end()
+            raise
+        return answer
+
+    async def _begin(self, route: Route, method: str, head: bytes, body: bytes | Spliced) -> Exchange:
+        """Send the request, and send it again if that is harmless and a kept connection was closed meanwhile."""
+        assert self.connector is not None, "open() first"
+        while True:
+            exchange = Exchange(route, has_body=method != "HEAD")
+            try:
+                await exchange.begin(self.connector, self.uploads, head, body)
+            except UpstreamError as error:
+                if method not in _IDEMPOTENT or isinstance(error, UpstreamTimeout) or not exchange.is_kept:
+                    raise
+            else:
+                return exchange
 
     async def _post_form(self, server: Upstream, form: bytes) -> tuple[int, bytes]:
         """Send a form to a server that issues access tokens, and return the status and body of its answer."""
-        async with self.send(server, "", form, _FORM_HEADERS) as answer:
+        async with await self.send(server, "", form, _FORM_HEADERS) as answer:
             return answer.status, await answer.error_body()  # within the bounds for errors
 
     async def route_to(self, upstream: Upstream) -> Route:
@@ -260,64 +307,6 @@ class Upstreams:
                 tls = True if ca is None else await asyncio.to_thread(tls_context, ca)
             route = self._routes[upstream.name] = Route(upstream, tls)
             return route
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class _Request:
-    """What `Upstreams.send` returns: entering it sends the request and waits for the head of the answer."""
-
-    upstreams: Upstreams
-    upstream: Upstream
-    path: str
-    body: bytes | Spliced
-    headers: Mapping[str, str]
-    method: str
-    exchange: Exchange = field(init=False)
-
-    async def __aenter__(self) -> Answer:
-        credentials, upstream = self.upstreams.credentials, self.upstream
-        route = await self.upstreams.route_to(upstream)
-        mask, fetched_key = route.mask, None
-        if isinstance(upstream.api_key, FETCHED_KEYS):
-            keys = await credentials.keys(upstream)
-            mask, fetched_key = mask_of(upstream, keys.all), keys.current
-            key_headers = kind_of(upstream.kind).key_headers(fetched_key, is_access_token=keys.is_access_token)
-            self.headers = {**self.headers, **key_headers}
-        self.exchange = exchange = await self._begin(route)
-        self.body = b""  # a long answer must not keep it in memory
-        try:
-            answer = Answer(exchange, mask, fetched_key)
-            if answer.status == 401 and fetched_key is not None:
-                credentials.note_rejected(upstream, fetched_key)
-            if answer.is_compressed and answer.status // 100 == 2 and not await answer.is_decodable():
-                raise UpstreamUnreadable(
-                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                    "or named a compression that it did not use. The operator of this proxy has to turn that "
-                    "compression off.",
-                    was_sent=False,
-                )
-        except BaseException:
-            exchange.end()
-            raise
-        return answer
-
-    async def _begin(self, route: Route) -> Exchange:
-        """Send the request, and send it again if that is harmless and a kept connection was closed meanwhile."""
-        connector = self.upstreams.connector
-        assert connector is not None, "open() first"
-        head = route.head(self.method, self.path, self.headers, body_bytes=len(self.body))
-        while True:
-            exchange = Exchange(route, has_body=self.method != "HEAD")
-            try:
-                await exchange.begin(connector, self.upstreams.uploads, head, self.body)
-            except UpstreamError as error:
-                if self.method not in _IDEMPOTENT or isinstance(error, UpstreamTimeout) or not exchange.is_kept:
-                    raise
-            else:
-                return exchange
-
-    async def __aexit__(self, *_: object) -> None:
-        self.exchange.end()
 
 
 def _encoding_of(codings: list[str]) -> str:

@@ -157,7 +157,7 @@ class ModelLists:
         """The body of the list. Raises UpstreamError, NotListed, and ValueError if it is no list of a usual size."""
         headers = to_upstream((), kind=upstream.kind)
         address = address_at(upstream, path, api_version=None)
-        async with self._upstreams.send(upstream, address, b"", headers, method="GET") as answer:
+        async with await self._upstreams.send(upstream, address, b"", headers, method="GET") as answer:
             if answer.status != 200:
                 raise NotListed(answer.status, answer.status_reason)
             body = bytearray()

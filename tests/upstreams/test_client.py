@@ -54,7 +54,7 @@ async def _open() -> AsyncIterator[Upstreams]:
 async def test_an_answer_has_status_headers_and_body() -> None:
     """The request arrives at the upstream as it was given."""
     async with _upstream(HEAD + b"Retry-After: 3\r\nContent-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
-        async with upstreams.send(up, "/chat/completions", b'{"a":1}', {"x-title": "T"}) as answer:
+        async with await upstreams.send(up, "/chat/completions", b'{"a":1}', {"x-title": "T"}) as answer:
             assert (answer.status, answer.retry_after, answer.is_event_stream) == (200, "3", False)
             assert await answer.read() == b"{}"
         assert seen[0].startswith(b"POST /v1/chat/completions HTTP/1.1")
@@ -66,7 +66,7 @@ async def test_a_large_body_is_sent_completely() -> None:
     """Megabytes of images arrive at the upstream unchanged."""
     body = b"x" * (3 * 2**20)
     async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
-        async with upstreams.send(up, "/chat/completions", body, {}) as answer:
+        async with await upstreams.send(up, "/chat/completions", body, {}) as answer:
             await answer.read()
         assert seen[0].endswith(body)
 
@@ -79,7 +79,7 @@ async def test_the_reason_for_the_log_says_why_an_upstream_cannot_be_reached() -
             ("http://no-such-host.invalid", "no-such-host.invalid:80: the name of its host can't be resolved"),
         ):
             with pytest.raises(UpstreamError) as failed:
-                async with upstreams.send(Upstream("up", url, None), "/chat/completions", b"{}", {}):
+                async with await upstreams.send(Upstream("up", url, None), "/chat/completions", b"{}", {}):
                     pass
             assert failed.value.reason == reason
             assert "127.0.0.1" not in failed.value.message
@@ -107,7 +107,7 @@ async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
         async with (
             _upstream(sent) as (up, _),
             _open() as upstreams,
-            upstreams.send(up, "/chat/completions", b"{}", {}) as answer,
+            await upstreams.send(up, "/chat/completions", b"{}", {}) as answer,
         ):
             assert answer.status_reason == reason
 
@@ -116,7 +116,7 @@ async def test_a_refused_connection_means_that_nothing_was_sent() -> None:
     """T38: such a call is provably free."""
     async with _open() as upstreams:
         with pytest.raises(UpstreamError, match="can't be reached") as failed:
-            async with upstreams.send(Upstream("up", "http://127.0.0.1:1/v1", None), "/x", b"{}", {}):
+            async with await upstreams.send(Upstream("up", "http://127.0.0.1:1/v1", None), "/x", b"{}", {}):
                 raise AssertionError
         assert failed.value.was_sent is False
         assert failed.value.headers == {"retry-after": "2"}
@@ -131,7 +131,7 @@ async def test_an_answer_that_breaks_off_raises(answer: bytes) -> None:
     """A body that ends too early is an error, with a length and with chunks."""
     async with _upstream(HEAD + answer) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamError, match="broke off") as failed:
-            async with upstreams.send(up, "/x", b"{}", {}) as begun:
+            async with await upstreams.send(up, "/x", b"{}", {}) as begun:
                 await begun.read()
         assert failed.value.was_sent is True
 
@@ -142,7 +142,7 @@ async def test_an_answer_that_leaves_its_encoding_says_so(packed: bytes) -> None
     head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     async with _upstream(head + packed) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamError, match="not in the format that its Content-Encoding names, or its end"):
-            async with upstreams.send(up, "/x", b"{}", {}) as begun:
+            async with await upstreams.send(up, "/x", b"{}", {}) as begun:
                 await begun.read()
 
 
@@ -152,7 +152,7 @@ async def test_redirects_are_not_followed() -> None:
         up,
         seen,
     ):
-        async with _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with _open() as upstreams, await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert answer.status == 307
         assert len(seen) == 1
 
@@ -163,12 +163,12 @@ async def test_a_whole_answer_has_a_largest_size() -> None:
     piece = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
     async with _upstream(head + piece, repeat=1) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamError):
-            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.read()
     endless = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (ANSWER_BYTES_MAX * 2)
     async with _upstream(endless + b"x" * (ANSWER_BYTES_MAX + 2)) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamError, match="larger than"):
-            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.read()
 
 
@@ -176,10 +176,10 @@ async def test_a_compressed_answer_is_bounded_after_decompression() -> None:
     """A bomb of 64 kB becomes more than an answer may have. It is unpacked piece by piece and given up there."""
     bomb = gzip.compress(bytes(ANSWER_BYTES_MAX + 1))
     async with _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb) as (up, _), _open() as upstreams:
-        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert len(await anext(answer.chunks())) <= PIECE_BYTES
         with pytest.raises(UpstreamError, match="larger than"):
-            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.read()
 
 
@@ -189,7 +189,7 @@ async def test_a_compressed_answer_leaves_others_their_turn() -> None:
     async with (
         _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + packed) as (up, _),
         _open() as upstreams,
-        upstreams.send(up, "/x", b"{}", {}) as answer,
+        await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         turns = 0
 
@@ -211,7 +211,7 @@ async def test_a_compressed_transfer_is_decompressed_too() -> None:
     async with (
         _upstream(HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + body) as (up, _),
         _open() as upstreams,
-        upstreams.send(up, "/x", b"{}", {}) as answer,
+        await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert await answer.read() == b"{}"
 
@@ -221,13 +221,13 @@ async def test_an_answer_in_an_unknown_encoding_counts_as_not_sent() -> None:
     body = b"Content-Encoding: lzma\r\nContent-Length: 2\r\n\r\nxx"
     async with _upstream(HEAD + body) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamUnreadable, match="compressed") as failed:
-            async with upstreams.send(up, "/x", b"{}", {}):
+            async with await upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
         assert failed.value.was_sent is False
     async with (
         _upstream(HEAD.replace(b"200", b"400") + body) as (up, _),
         _open() as upstreams,
-        upstreams.send(up, "/x", b"{}", {}) as answer,
+        await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert (answer.status, await answer.error_body()) == (400, b"")
 
@@ -240,7 +240,7 @@ async def test_blank_lines_do_not_keep_an_answer_undecided_for_ever() -> None:
         async with (
             _upstream(head + blank) as (up, _),
             _open() as upstreams,
-            upstreams.send(up, "/x", b"{}", {}) as answer,
+            await upstreams.send(up, "/x", b"{}", {}) as answer,
         ):
             assert await answer.carries_events() is is_stream
             assert await answer.read() == blank
@@ -252,7 +252,7 @@ async def test_a_cookie_of_an_upstream_is_not_sent_with_the_next_call() -> None:
     async with _upstream(HEAD + cookies + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
         named = replace(up, base_url=up.base_url.replace("127.0.0.1", "localhost"))
         for _ in range(2):
-            async with upstreams.send(named, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(named, "/x", b"{}", {}) as answer:
                 await answer.read()
         assert len(seen) == 2
         assert not any(b"cookie" in request.lower() for request in seen)
@@ -262,7 +262,7 @@ async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:
     """T49: the upstream had the whole request, so it may have run although no answer came."""
     async with _upstream(b"") as (up, seen), _open() as upstreams:
         with pytest.raises(UpstreamError, match="without an answer") as failed:
-            async with upstreams.send(up, "/x", b"{}", {}):
+            async with await upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
         assert failed.value.was_sent is True
         assert seen
@@ -276,11 +276,19 @@ def _kept(upstreams: Upstreams) -> Iterable[Any]:
 async def test_the_body_of_an_error_is_read_within_bounds() -> None:
     """The status says enough. A body that breaks off, or that has no end, raises nothing."""
     head = b"HTTP/1.1 503 X\r\nContent-Length: 4000000\r\n\r\n"
-    async with _upstream(head + b"{") as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+    async with (
+        _upstream(head + b"{") as (up, _),
+        _open() as upstreams,
+        await upstreams.send(up, "/x", b"{}", {}) as answer,
+    ):
         assert await answer.error_body() == b"{"
     assert await answer.error_body() == b"{"  # also after its connection was closed
     endless = head + b"x" * 3_000_000
-    async with _upstream(endless) as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+    async with (
+        _upstream(endless) as (up, _),
+        _open() as upstreams,
+        await upstreams.send(up, "/x", b"{}", {}) as answer,
+    ):
         assert 2**20 < len(await answer.error_body()) < 2**21
 
 
@@ -310,13 +318,13 @@ async def test_a_second_answer_is_not_taken_for_that_of_the_next_call(together: 
 
     async with connections(serve) as port, _open() as upstreams:
         up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
-        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert await answer.read() == b"1"
         answered.set()
         # Until the second answer has arrived on the kept connection, or the connection is closed.
         kept = [proto for kept in _kept(upstreams) for proto, _ in kept]
         await until(lambda: together or any(proto.should_close for proto in kept))
-        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert await answer.read() == b"3"
 
 
@@ -337,7 +345,7 @@ async def test_a_head_that_never_ends_is_a_timeout(line: bytes) -> None:
     async with connections(serve) as port:
         up = Upstream("up", f"http://127.0.0.1:{port}/v1", None, transport=Transport(idle_timeout_ms=200))
         with pytest.raises(UpstreamTimeout, match="did not answer in time"):
-            async with upstreams.send(up, "/x", b"{}", {}):
+            async with await upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
         await upstreams.close()
 
@@ -357,7 +365,7 @@ async def test_an_answer_may_take_longer_than_a_silence() -> None:
     upstreams.open()
     async with connections(serve) as port:
         up = Upstream("up", f"http://127.0.0.1:{port}/v1", None, transport=Transport(idle_timeout_ms=400))
-        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             received = 0
             with pytest.raises(UpstreamTimeout, match="stopped sending"):
                 async for chunk in answer.chunks():
@@ -372,7 +380,7 @@ async def test_a_status_that_is_no_number_of_three_digits_is_no_answer(status: b
     answer = b"HTTP/1.1 %b X\r\nContent-Length: 2\r\n\r\n{}" % status
     async with _upstream(answer) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamError) as caught:
-            async with upstreams.send(up, "/chat/completions", b"{}", {}):
+            async with await upstreams.send(up, "/chat/completions", b"{}", {}):
                 pass
         assert (caught.value.status, caught.value.was_sent) == (502, True)
 
@@ -381,7 +389,7 @@ async def test_an_upstream_does_not_learn_which_library_asks() -> None:
     """A client's own name is sent, and ours if it has none."""
     async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
         for headers in ({}, {"user-agent": "curl/8"}):
-            async with upstreams.send(up, "/models", b"", headers, method="GET") as answer:
+            async with await upstreams.send(up, "/models", b"", headers, method="GET") as answer:
                 assert answer.status == 200
         assert b"User-Agent: llm-quota-proxy\r\n" in seen[0].replace(b"user-agent", b"User-Agent")
         assert b"curl/8" in seen[1]

@@ -59,7 +59,7 @@ async def tls_upstream(folder: Path, seen: Requests) -> AsyncIterator[str]:
 
 async def ask(upstreams: Upstreams, upstream: Upstream, body: bytes = b"{}", **headers: str) -> bytes:
     """Send one call, and return the body of its answer."""
-    async with upstreams.send(upstream, "/chat/completions", body, headers) as answer:
+    async with await upstreams.send(upstream, "/chat/completions", body, headers) as answer:
         return await answer.read()
 
 
@@ -197,7 +197,7 @@ async def test_the_certificates_of_the_environment_are_trusted(variable: str, ow
         "    upstreams = Upstreams()\n"
         "    upstreams.open()\n"
         "    up = Upstream('up', url, None, transport=Transport(ca=ca or None))\n"
-        "    async with upstreams.send(up, '/x', b'{}', {}) as answer:\n"
+        "    async with await upstreams.send(up, '/x', b'{}', {}) as answer:\n"
         "        print(answer.status)\n"
         "    await upstreams.close()\n"
         "asyncio.run(main(*sys.argv[1:]))\n"
@@ -220,7 +220,7 @@ async def test_headers_of_an_upstream_replace_those_of_the_call() -> None:
         headers = (("x-tenant", Secret("blue")), ("user-agent", Secret("gateway")))
         up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(headers=headers))
         await ask(upstreams, up, **{"user-agent": "a client", "x-title": "T"})
-        async with upstreams.send(up, "/models", b"", {}, method="GET"):
+        async with await upstreams.send(up, "/models", b"", {}, method="GET"):
             pass
         assert "x-tenant: blue" in seen.heads[0]
         assert "user-agent: gateway" in seen.heads[0]
@@ -301,7 +301,7 @@ async def test_waiting_for_a_body_hands_all_of_it_out() -> None:
 
         async with connections(serve) as port, opened() as upstreams:
             up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(first_byte_timeout_ms=60_000))
-            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 assert answer.must_begin_in_time
                 await answer.wait_for_body()
                 await answer.wait_for_body()

@@ -125,7 +125,7 @@ def answering(*answers: bytes, ends: bool = False) -> Answer:
 
 async def ask(upstreams: Upstreams, up: Upstream, body: bytes | Spliced = b"{}", **more: Any) -> bytes:
     """Send one call and return the body of its answer."""
-    async with upstreams.send(up, "/x", body, {}, **more) as answer:
+    async with await upstreams.send(up, "/x", body, {}, **more) as answer:
         return await answer.read()
 
 
@@ -157,9 +157,9 @@ async def test_the_request_has_each_header_once_and_its_body_as_it_is() -> None:
         headers = (("x-tenant", Secret("blue")), ("user-agent", Secret("gateway")))
         up = Upstream("up", server.up.base_url, Secret("sk-1"), transport=Transport(headers=headers))
         own = {"content-type": "application/json", "x-title": "Ünïcode", "user-agent": "client", "x-tenant": "red"}
-        async with upstreams.send(up, "/a%20b?api-version=1", b'{"a":1}', own):
+        async with await upstreams.send(up, "/a%20b?api-version=1", b'{"a":1}', own):
             pass
-        async with upstreams.send(up, "/models", b"", {}, method="GET"):
+        async with await upstreams.send(up, "/models", b"", {}, method="GET"):
             pass
         first, second = (request.decode().split("\r\n\r\n") for request in server.requests)
         line, *lines = first[0].split("\r\n")
@@ -186,7 +186,7 @@ async def test_no_header_and_no_path_ends_its_line(value: str) -> None:
     async with wire(answering(EMPTY)) as (server, upstreams):
         for path, headers in (("/x", {"x-title": value}), ("/x", {value: "1"}), (f"/{value}", {})):
             with pytest.raises(ValueError, match="control character"):
-                async with upstreams.send(server.up, path, b"{}", headers):
+                async with await upstreams.send(server.up, path, b"{}", headers):
                     pass
         assert server.requests == []
         assert await ask(upstreams, server.up) == b""
@@ -229,7 +229,7 @@ async def test_a_complete_answer(answer: bytes, body: bytes, is_kept: bool, step
 
     async with wire(write) as (server, upstreams):
         for _ in range(2):
-            async with upstreams.send(server.up, "/x", b"{}", {}) as found:
+            async with await upstreams.send(server.up, "/x", b"{}", {}) as found:
                 assert found.status == (int(answer[9:12]) if answer[9:10] != b"1" else 200)
                 assert await found.read() == body
                 assert not {"x-hint", "x-trailer"} & {name.lower() for name, _ in found.headers}
@@ -253,7 +253,7 @@ async def test_a_body_without_a_length_ends_with_its_connection(version: bytes) 
     async with wire(write) as (server, upstreams):
         for is_complete in (True, False):
             received = asyncio.Event()
-            async with upstreams.send(server.up, "/x", b"{}", {}) as answer:
+            async with await upstreams.send(server.up, "/x", b"{}", {}) as answer:
                 chunks, body = answer.chunks(), b""
                 body += await anext(chunks)
                 received.set()
@@ -277,7 +277,10 @@ async def test_an_answer_to_head_has_no_body() -> None:
 async def test_headers_are_handed_out_as_they_came() -> None:
     """Repeated ones too, and bytes that are not UTF-8."""
     head = OK + b"Set-Cookie: a\r\nset-cookie: b\r\nX-Text: caf\xe9 \xc3\xa9\r\nContent-Length: 0\r\n\r\n"
-    async with wire(answering(head)) as (server, upstreams), upstreams.send(server.up, "/x", b"{}", {}) as answer:
+    async with (
+        wire(answering(head)) as (server, upstreams),
+        await upstreams.send(server.up, "/x", b"{}", {}) as answer,
+    ):
         assert [value for name, value in answer.headers if name.lower() == "set-cookie"] == ["a", "b"]
         assert dict(answer.headers)["X-Text"] == "caf\udce9 é"
 
@@ -329,7 +332,7 @@ async def test_a_bad_chunk_ends_the_answer_at_once(bad: bytes, ends: bool) -> No
         return not ends
 
     received = asyncio.Event()
-    async with wire(write) as (server, upstreams), upstreams.send(server.up, "/x", b"{}", {}) as answer:
+    async with wire(write) as (server, upstreams), await upstreams.send(server.up, "/x", b"{}", {}) as answer:
         chunks = answer.chunks()
         assert await anext(chunks) == b"ok"
         received.set()
@@ -358,7 +361,7 @@ async def test_a_body_that_is_cut_short_is_an_error_after_its_bytes(answer: byte
 
     received = asyncio.Event()
     async with wire(write) as (server, upstreams):
-        async with upstreams.send(server.up, "/x", b"{}", {}) as found:
+        async with await upstreams.send(server.up, "/x", b"{}", {}) as found:
             chunks = found.chunks()
             assert await anext(chunks) == b"abc"
             received.set()
@@ -580,7 +583,7 @@ async def test_an_upstream_waits_for_a_client_that_does_not_read() -> None:
             await writer.drain()
             written += len(piece)
 
-    async with wire(write) as (server, upstreams), upstreams.send(server.up, "/x", b"{}", {}) as answer:
+    async with wire(write) as (server, upstreams), await upstreams.send(server.up, "/x", b"{}", {}) as answer:
         chunks = answer.chunks()
         received = len(await anext(chunks))
         with pytest.raises(TimeoutError):
@@ -661,7 +664,7 @@ async def test_an_answer_may_come_before_the_whole_body_is_sent(form: str, close
     async with wire(write, reads_body=False) as (server, upstreams), spliced(32 * 2**20) as on_disk:
         body: bytes | Spliced = on_disk if form == "disk" else b"y" * 32 * 2**20
         try:
-            async with asyncio.timeout(10), upstreams.send(server.up, "/x", body, {}) as answer:
+            async with asyncio.timeout(10), await upstreams.send(server.up, "/x", body, {}) as answer:
                 assert (answer.status, await answer.error_body()) == (413, b"abc")
         except UpstreamError as error:
             assert closes  # the reset of a server that closes with unread bytes may overtake its answer
@@ -727,7 +730,7 @@ async def test_a_cancelled_call_closes_its_connection(when: str) -> None:
 
     async def call(up: Upstream) -> None:
         body: bytes = b"y" * 32 * 2**20 if when == "sending" else b"{}"
-        async with upstreams.send(up, "/x", body, {}) as answer:
+        async with await upstreams.send(up, "/x", body, {}) as answer:
             with contextlib.suppress(UpstreamError):
                 await answer.read()
             read.set()
@@ -774,7 +777,7 @@ async def test_a_client_that_is_closed_ends_its_calls(when: str) -> None:
 async def test_an_answer_that_is_not_read_to_its_end_is_not_kept() -> None:
     """Its rest would be taken for the answer to the next call."""
     async with wire(answering(OK + b"Content-Length: 9\r\n\r\nabc", length(b"own"))) as (server, upstreams):
-        async with upstreams.send(server.up, "/x", b"{}", {}) as answer:
+        async with await upstreams.send(server.up, "/x", b"{}", {}) as answer:
             assert await anext(answer.chunks()) == b"abc"
         assert kept(upstreams) == []
         assert await ask(upstreams, server.up) == b"own"
