@@ -107,11 +107,11 @@ class Answer:
         Redirects are not followed. A `base_url` with http instead of https is often answered with one. The rest of
         the address is left out, because it may repeat what the client sent.
         """
-        if self.status // 100 != 3:
-            return f"status {self.status}"
-        location = next((value for name, value in self.headers if name.lower() == "location"), "")
-        server = _SERVER.match(location)
-        return f"status {self.status}" if server is None else f"status {self.status}, to {server[1]}{server[2]}"
+        if self.status // 100 == 3:
+            location = next((value for name, value in self.headers if name.lower() == "location"), "")
+            if server := _SERVER.match(location):
+                return f"status {self.status}, to {server[1]}{server[2]}"
+        return f"status {self.status}"
 
     async def is_decodable(self) -> bool:
         """Whether a compressed body can be decompressed, as far as its first bytes show. Raises like `chunks`.

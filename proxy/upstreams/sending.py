@@ -1,9 +1,9 @@
 """One request to an upstream on its way, and the bytes of its answer as they arrive.
 
 Errors are distinguished by whether the upstream can have received the call. A request that got no connection, also
-because a proxy refused one, is provably free. Head and body are written at once, so that a request is either sent or
-not. The times of connecting, of waiting for the head and of a silence in the body are limited one after another, each
-from its own beginning.
+because a proxy refused one, is provably free. Head and body are one write unless the body is large, so a request is
+either sent or not. The times of connecting, of waiting for the head and of a silence in the body are limited one
+after another, each from its own beginning.
 
 Only the lower half of the HTTP library is used: its connector (pool, names, proxies, TLS) and its protocol of a
 connection (parser, back pressure). These have no documented contract: `tests/upstreams/test_library.py` lists what is
@@ -264,22 +264,6 @@ class Exchange:
         self._protocol = protocol
         return protocol
 
-    def _failure(self, error: Exception) -> UpstreamError:
-        """What is raised for a request without an answer."""
-        if self._connection is None:
-            return self._route.unreachable(why_unreachable(error, self._route))
-        if not isinstance(error, TimeoutError):
-            text = "The upstream closed the connection without an answer."
-            return UpstreamError(text, was_sent=self.was_sent)
-        return self._late("The upstream did not answer in time.")
-
-    def _late(self, text: str) -> UpstreamTimeout:
-        """The error for an answer that did not come in time. Until its first byte the call may be moved."""
-        may_be_moved = self.first_byte_until is not None
-        error = UpstreamTimeout("The upstream did not begin its answer in time." if may_be_moved else text)
-        error.may_be_moved = may_be_moved
-        return error
-
     def _send(self, protocol: _Protocol, uploads: Tasks, head: bytes, body: bytes | Spliced) -> None:
         # For body and head together: an upstream may send one line of it every minute, or 103 again and again.
         self._until = self._loop.time() + self._route.idle_s + len(body) / _SENT_BYTES_PER_S
@@ -324,6 +308,22 @@ class Exchange:
         else:
             next_check = min(self._until, now + self._route.idle_s)
             self._timer = self._loop.call_at(next_check, self._check_time)
+
+    def _failure(self, error: Exception) -> UpstreamError:
+        """What is raised for a request without an answer."""
+        if self._connection is None:
+            return self._route.unreachable(why_unreachable(error, self._route))
+        if not isinstance(error, TimeoutError):
+            text = "The upstream closed the connection without an answer."
+            return UpstreamError(text, was_sent=self.was_sent)
+        return self._late("The upstream did not answer in time.")
+
+    def _late(self, text: str) -> UpstreamTimeout:
+        """The error for an answer that did not come in time. Until its first byte the call may be moved."""
+        may_be_moved = self.first_byte_until is not None
+        error = UpstreamTimeout("The upstream did not begin its answer in time." if may_be_moved else text)
+        error.may_be_moved = may_be_moved
+        return error
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:

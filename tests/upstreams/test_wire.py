@@ -344,6 +344,24 @@ async def test_a_bad_chunk_ends_the_answer_at_once(bad: bytes, ends: bool) -> No
         assert kept(upstreams) == []
 
 
+@on_both_loops
+async def test_an_error_that_comes_right_after_the_head_is_not_overlooked() -> None:
+    """uvloop may read several packets before the call goes on. Then nobody has asked for the body yet."""
+    answered = asyncio.Event()
+
+    async def write(_: int, writer: asyncio.StreamWriter) -> None:
+        answered.set()
+
+    async with wire(write) as (server, upstreams):
+        call = asyncio.get_running_loop().create_task(failure(upstreams, server.up))
+        await answered.wait()
+        connector: Any = upstreams.connector
+        [protocol] = connector._acquired
+        for packet in (CHUNKED, b"zz\r\n"):
+            protocol.data_received(packet)
+        assert "broke off" in (await asyncio.wait_for(call, 10)).message
+
+
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize(
     "answer", [OK + b"Content-Length: 9\r\n\r\nabc", CHUNKED + b"9\r\nabc"], ids=["length", "chunk"]
