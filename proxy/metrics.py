@@ -165,7 +165,7 @@ class Metrics:
         )
         self.compared = self._counter(
             "llm_quota_compared_tokens",
-            "Output of complete streams that the proxy has counted and the upstream has stated, by who says so",
+            "Output of one complete stream in 16 by the count of the proxy and by that of the upstream",
             *("upstream", "model", "source"),
         )
 

@@ -79,6 +79,7 @@ from proxy.web.gauges import Gauges
 from proxy.web.health import Health
 from proxy.web.listener import Listener
 from proxy.web.live import Live
+from proxy.web.middleware import Handler
 from proxy.web.request_log import RequestLog
 from proxy.web.routes import Api
 
@@ -307,7 +308,12 @@ class Server:
         limits = _within_file_limit(settings.connection_limits)
         api = self._api.application(self.health, self.live.events)
         self.api = await self._listen(
-            api, inherited.api or settings.api, setting="server.api", limits=limits, prefix=settings.prefix
+            api,
+            inherited.api or settings.api,
+            setting="server.api",
+            limits=limits,
+            prefix=settings.prefix,
+            serve=self._api.serve,
         )
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
@@ -482,10 +488,11 @@ class Server:
         setting: str,
         limits: ConnectionLimits,
         prefix: str = "",
+        serve: Callable[[Handler, web.Request], Awaitable[web.StreamResponse]] | None = None,
     ) -> Address:
         """Serve the application at the address of a setting, or on the inherited sockets with these descriptors."""
         application.on_response_prepare.append(self._close_after_answer)
-        listener = Listener(application, limits, request_log=self._request_log, prefix=prefix)
+        listener = Listener(application, limits, request_log=self._request_log, prefix=prefix, serve=serve)
         await listener.setup()
         self._listeners[setting] = listener
         if isinstance(at, Address):

@@ -34,6 +34,20 @@ class Tasks:
         task.add_done_callback(self._on_done)
         return task
 
+    def enter(self) -> "asyncio.Task[Any]":
+        """Count the current task as one of these until it calls `leave`, and return it."""
+        task = asyncio.current_task()
+        assert task is not None, "called in a task"
+        self.started += 1
+        self._running.add(task)
+        return task
+
+    def leave(self) -> None:
+        """Count the current task no longer."""
+        task = asyncio.current_task()
+        assert task is not None, "called in a task"
+        self._running.discard(task)
+
     async def all_ended(self) -> None:
         """Wait until no task is running, those included that start while it waits."""
         while self._running:

@@ -347,8 +347,9 @@ def config_of(
 
 
 def text_of(policy: str, *, database: str, upstream: str, kind: str = "simulator", more: str = "") -> str:
-    """The YAML of such a config."""
-    return BASE.format(database=database, upstream=upstream, upstream_key=UPSTREAM_KEY, kind=kind, more=more) + policy
+    """The YAML of such a config. Also with fast timers a call waits for a slow database, unless it says else."""
+    base = BASE.format(database=database, upstream=upstream, upstream_key=UPSTREAM_KEY, kind=kind, more=more)
+    return ("" if "ledger_wait" in policy else "ledger_wait: 10m\n") + base + policy
 
 
 def sqlite_in(folder: Path) -> str:
@@ -366,7 +367,8 @@ async def until(is_reached: Callable[[], bool]) -> None:
 def fast_timers(factor: float = 5) -> Iterator[None]:
     """Run the event loop's clock this many times as fast: a timeout of 2 s ends after 0.4 s.
 
-    For tests in which the database is away: then calls and streams wait for their timeouts and for nothing else.
+    For tests in which calls and streams wait for their timeouts and for nothing else. The limits of connections and
+    commits become shorter too, so with a large factor a busy machine may reach them.
     """
     loop: Any = asyncio.get_running_loop()
     selector = loop._selector

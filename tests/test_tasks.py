@@ -162,3 +162,43 @@ async def test_the_first_to_end_ends_the_wait_and_the_others_are_cancelled():
         assert asyncio.all_tasks() == others
     with pytest.raises(RuntimeError, match="half way"):
         await first_of(fail(), until(never), timeout_s=60)
+
+
+async def test_a_task_that_entered_counts_until_it_leaves():
+    """A request becomes a call and ends as a request again: what comes after the call is not waited for."""
+    tasks, left, go_on, done = Tasks(), asyncio.Event(), asyncio.Event(), []
+
+    async def request():
+        assert tasks.enter() is asyncio.current_task()
+        await go_on.wait()
+        tasks.leave()
+        left.set()
+        await asyncio.sleep(0)
+        done.append(True)
+
+    running = asyncio.ensure_future(request())
+    await asyncio.sleep(0)
+    assert (len(tasks), tasks.started) == (1, 1)
+    go_on.set()
+    await left.wait()
+    assert (len(tasks), await tasks.finish(0)) == (0, 0)
+    await running
+    assert done == [True]
+
+
+async def test_finish_cancels_a_task_that_entered():
+    """As one that was started."""
+    tasks, ended = Tasks(), []
+
+    async def request():
+        tasks.enter()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            tasks.leave()
+            ended.append(True)
+
+    running = asyncio.ensure_future(request())
+    await asyncio.sleep(0)
+    assert await tasks.finish(0) == 1
+    assert (ended, running.cancelled(), len(tasks)) == ([True], True, 0)

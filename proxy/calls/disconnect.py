@@ -20,8 +20,6 @@ Answers that are not streamed are always drained: they are generated and billed 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
@@ -40,67 +38,73 @@ class Disconnects:
     """Watches the clients of the calls in flight. `drain_s` bounds the time of a drain, `drains_max` their number."""
 
     def __init__(self, *, drain_s: float = DRAIN_S, drains_max: int = DRAINS_MAX) -> None:
-        self._drain_s = drain_s
+        self.drain_s = drain_s
         self._drains_max = drains_max
         self._draining: Counter[str] = Counter()  # by user
 
-    @asynccontextmanager
-    async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
-        """Within the block, act on a disconnect: if the answer is not to be awaited, cancel the block and settle.
+    def watch(self, call: Call, reservation: Reservation) -> "Watch":
+        """Act on a disconnect of this call's client from now on, until `Watch.stop`.
 
-        The block must be all that the running task does with this call, because the task is cancelled.
+        If the answer is not to be awaited, the current task is cancelled, so from now on it must do nothing else.
         """
-        client, user = call.client, call.caller.user
+        return Watch(self, call, reservation)
+
+    def begin_drain(self, user: str) -> bool:
+        """Whether one more call of this user may be drained, which counts it."""
+        if self._draining.total() >= self._drains_max or self._draining[user] >= DRAINS_PER_USER_MAX:
+            return False
+        self._draining[user] += 1
+        return True
+
+    def end_drain(self, user: str) -> None:
+        """Count a drain no longer."""
+        self._draining[user] -= 1
+        if not self._draining[user]:
+            del self._draining[user]
+
+
+class Watch:
+    """One call whose client is watched. `is_drain_cut`: its drain was given up, so its cost is not known."""
+
+    __slots__ = ("_call", "_disconnects", "_is_draining", "_reservation", "_task", "_timer", "is_drain_cut")
+
+    def __init__(self, disconnects: Disconnects, call: Call, reservation: Reservation) -> None:
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
+        self.is_drain_cut = False
+        self._disconnects = disconnects
+        self._call = call
+        self._reservation = reservation
+        self._task = task
+        self._is_draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        call.client.on_disconnected(self._on_disconnected)
+
+    def stop(self) -> None:
+        """Watch no longer: the call has ended."""
+        self._call.client.on_disconnected(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._is_draining:
+            self._disconnects.end_drain(self._call.caller.user)
+
+    def _on_disconnected(self) -> None:
+        on_disconnect = self._on_disconnect()
         loop = asyncio.get_running_loop()
-        timers: list[asyncio.TimerHandle] = []
-        is_draining = is_drain_cut = False
+        if not self._reservation.is_sent:
+            self._cancel()
+        elif on_disconnect == "stop" and self._reservation.meter.ending.has_finished:
+            self._timer = loop.call_later(USAGE_WAIT_S, self._cancel)
+        elif on_disconnect == "drain" and self._disconnects.begin_drain(self._call.caller.user):
+            self._is_draining = True
+            self._timer = loop.call_later(self._disconnects.drain_s, self._cancel)
+        else:
+            self._cancel()
 
-        def cancel() -> None:
-            nonlocal is_drain_cut
-            is_drain_cut = _on_disconnect(call, reservation) == "drain"
-            task.cancel()
+    def _cancel(self) -> None:
+        self.is_drain_cut = self._on_disconnect() == "drain"
+        self._task.cancel()
 
-        def disconnected() -> None:
-            nonlocal is_draining
-            on_disconnect = _on_disconnect(call, reservation)
-            if not reservation.is_sent:
-                cancel()
-            elif on_disconnect == "stop" and reservation.meter.ending.has_finished:
-                timers.append(loop.call_later(USAGE_WAIT_S, cancel))
-            elif on_disconnect == "drain" and self._may_drain(user):
-                is_draining = True
-                self._draining[user] += 1
-                timers.append(loop.call_later(self._drain_s, cancel))
-            else:
-                cancel()
-
-        client.on_disconnected(disconnected)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # What has arrived says nothing about the cost of a drain that was cut, or of an answer that is not
-            # streamed.
-            charges_full_hold = is_drain_cut or not call.request.stream
-            await reservation.end(
-                "client_left" if client.is_disconnected else "stopped", charges_full_hold=charges_full_hold
-            )
-            if not client.is_disconnected:
-                raise  # the server stops
-            task.uncancel()
-        finally:
-            client.on_disconnected(None)
-            for timer in timers:
-                timer.cancel()
-            if is_draining:
-                self._draining.subtract([user])
-            self._draining += Counter()  # removes users without a drain
-
-    def _may_drain(self, user: str) -> bool:
-        return self._draining.total() < self._drains_max and self._draining[user] < DRAINS_PER_USER_MAX
-
-
-def _on_disconnect(call: Call, reservation: Reservation) -> OnDisconnect:
-    """`drain` or `stop`, as the upstream of the last attempt has it."""
-    return call.with_target(reservation.target or call.model).on_disconnect
+    def _on_disconnect(self) -> OnDisconnect:
+        """`drain` or `stop`, as the upstream of the last attempt has it."""
+        return self._call.with_target(self._reservation.target or self._call.model).on_disconnect

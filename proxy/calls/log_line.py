@@ -26,7 +26,7 @@ class LogLine:
     - `is_served`: the endpoint is one of those that are served, not a part of some other path.
     - `model` is the name that `recorded_names.logged_name` gives.
     - `admin` is the name of the admin whose key or login the request had.
-    - `is_call`: the request has a task of its own, which writes the line when the call is settled.
+    - `is_call`: it became a call, whose line is written when it is settled.
     - `trace` is the id of the trace that the client takes part in, `client_request` the client's id of the request,
       and `upstream_request` that of the upstream.
     - `upstream_model` is the model's name at the upstream, if the configuration states it.

@@ -1,7 +1,7 @@
 """The path of one call: reserve, send, forward the answer, settle.
 
-`Relay.carry` is the whole path in one function. It runs in a task of its own, not in the task of the HTTP request, so
-a client that disconnects cannot interrupt it.
+`Relay.carry` is the whole path in one function. It runs in the task of the HTTP request. A client that disconnects
+does not cancel that task; the call is told, and decides.
 
 The end of an answer is sent only when its charge is committed, or after `reservation.COMMIT_WAIT_S`. So unless the
 database is slower than that, a client that has a complete answer has been charged for it, even if the proxy is killed
@@ -10,10 +10,11 @@ in the next moment.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import structlog
 
@@ -44,6 +45,8 @@ from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Failed, Rejected, failure_of
 from proxy.upstreams.models import ModelLists
 
+# One complete answer of so many is counted although its usage is stated, to compare the two counts.
+_COMPARED = 16
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
 
@@ -86,6 +89,7 @@ class Relay:
         self._now = now
         self._durations = dispatcher.durations
         self._recorded_names = RecordedNames()
+        self._answered = count()
 
     @property
     def model_lists(self) -> ModelLists:
@@ -95,34 +99,47 @@ class Relay:
     async def carry(self, call: Call, renew: Renew) -> None:
         """Take one call to an upstream, and its answer to the client.
 
-        Nothing is sent that is not reserved, and every reservation ends exactly once. The blocks, from the outside
-        in:
-
-        - `_reserve` waits until the quotas admit the call, and settles or releases it if nothing below did. Until
-          then `renew` replaces the call when the policy changes; from then on it stays as it is;
-        - `watch` ends the call if its client disconnects and the answer is not to be awaited;
-        - `_end_on_error` settles or releases the call if the upstream fails, and tells the client;
-        - `answer` sends the call, to several upstreams if need be, and hands out the answer.
+        Nothing is sent that is not reserved, and every reservation ends exactly once: the first end counts. Until the
+        quotas admit the call, `renew` replaces it when the policy changes; from then on it stays as it is.
 
         Raises Refusal if a quota refuses the call, what `renew` raises, ClientLeft, LedgerUnavailable, and
         UpstreamError as long as nothing of an answer has been sent. After that an error is sent as an event of the
         stream, also if only the head was sent, because the upstream was silent for longer than its `heartbeat`.
         """
-        # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
-        # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
-        async with (
-            self._reserve(call, renew) as (call, candidates, reservation),
-            self._disconnects.watch(call, reservation),
-            self._end_on_error(call, reservation),
-            self._dispatcher.answer(candidates, reservation, start=self._start_stream) as (sent, answer),
-        ):
-            call.client.line.upstream_request = _logged_id(answer)
-            if answer.status // 100 != 2:
-                await self._forward_error(answer, sent, reservation)
-            elif await self._begins_stream(answer, sent, reservation):
-                await self._forward_stream(answer, sent, reservation)
-            else:
-                await self._forward_whole(answer, sent, reservation)
+        reply, call, candidates = await self._admit(call, renew)
+        client = call.client
+        if isinstance(reply, Refused):
+            raise self._refusal(call, reply)
+        reservation = self._begin(call, candidates, reply)
+        watch = self._disconnects.watch(call, reservation)
+        try:
+            try:
+                answering = self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                async with answering as (sent, answer):
+                    client.line.upstream_request = _logged_id(answer)
+                    if answer.status // 100 != 2:
+                        await self._forward_error(answer, sent, reservation)
+                    elif await self._begins_stream(answer, sent, reservation):
+                        await self._forward_stream(answer, sent, reservation)
+                    else:
+                        await self._forward_whole(answer, sent, reservation)
+            except ProxyError as error:  # the client may leave while it is told
+                await self._end_failed(error, call, reservation)
+        except asyncio.CancelledError:  # by `watch`, or because the server stops
+            # What has arrived says nothing about the cost of a drain that was cut, or of an answer that is not
+            # streamed.
+            charges_full_hold = watch.is_drain_cut or not call.request.stream
+            outcome: Outcome = "client_left" if client.is_disconnected else "stopped"
+            await reservation.end(outcome, charges_full_hold=charges_full_hold)
+            if not client.is_disconnected:
+                raise
+            _uncancel()
+        finally:
+            watch.stop()
+            try:
+                await reservation.end("proxy_broke")  # unless it has ended, as it should have
+            finally:
+                self._note_end(call, reservation)
 
     async def refuse_if_closed(
         self, endpoint: Endpoint, caller: Caller, snapshot: Snapshot, client: Responder
@@ -147,38 +164,31 @@ class Relay:
         self._activity.refused(client.line, refused, binding)
         raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
 
-    @asynccontextmanager
-    async def _reserve(self, call: Call, renew: Renew) -> AsyncIterator[tuple[Call, Candidates, Reservation]]:
-        """Reserve what the call may use, and make sure that the reservation ends. Raises Refusal.
-
-        Hands out the call as it was admitted.
-        """
-        reply, call, candidates = await self._admit(call, renew)
+    def _refusal(self, call: Call, refused: Refused) -> ProxyError:
+        """Note a refusal. Returns the error that tells the client."""
         line = call.client.line
-        if isinstance(reply, Refused):
-            line.refused_by = [block.quota.id for block in reply.decision.blocks]
-            line.verdict = reply.decision.verdict.word
-            for quota_id in line.refused_by:
-                self.metrics.refused(quota_id, line.verdict, model=call.model_label)
-            self._activity.refused(line, reply, call.binding)
-            raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
-        line.mark_admitted(reply.entry.admitted_via)
-        # Until the first attempt the reservation has the meter and count of the first target.
-        first = candidates.first
-        reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
-        self._durations.began(reply.entry.id, self._now())
-        self._activity.began(line, reply.entry)
-        try:
-            with self.metrics.in_flight.track_inprogress():
-                async with reservation:
-                    yield call, candidates, reservation
-        finally:
-            self._durations.ended(reply.entry.id, self._now())
-            self._count_end(call, reservation)
-            self._stored_responses.delete_unless_complete(call, reservation)
+        line.refused_by = [block.quota.id for block in refused.decision.blocks]
+        line.verdict = refused.decision.verdict.word
+        for quota_id in line.refused_by:
+            self.metrics.refused(quota_id, line.verdict, model=call.model_label)
+        self._activity.refused(line, refused, call.binding)
+        return call.refusal(refused, busy_s=self._durations.busy_s(self._now()))
 
-    def _count_end(self, call: Call, reservation: Reservation) -> None:
+    def _begin(self, call: Call, candidates: Candidates, accepted: Accepted) -> Reservation:
+        """Note an admitted call. Until its first attempt it has the meter and the count of the first target."""
+        call.client.line.mark_admitted(accepted.entry.admitted_via)
+        self._durations.began(accepted.entry.id, self._now())
+        self._activity.began(call.client.line, accepted.entry)
+        self.metrics.in_flight.inc()
+        first = candidates.first
+        return Reservation(self._ledger, accepted, first.meter(), binding=call.binding, count=first.count)
+
+    def _note_end(self, call: Call, reservation: Reservation) -> None:
+        """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
         entry, usage, model = reservation.entry, reservation.charged, call.model_label
+        self.metrics.in_flight.dec()
+        self._durations.ended(entry.id, self._now())
+        self._stored_responses.delete_unless_complete(call, reservation)
         line = call.client.line
         line.outcome, line.usage = reservation.outcome, usage
         line.upstream = None if reservation.target is None else reservation.target.upstream.name
@@ -200,7 +210,7 @@ class Relay:
                     line.upstream,
                     model,
                     is_stated=usage.provenance == "exactly",
-                    counted=reservation.meter.counted_and_stated,
+                    counted=reservation.meter.counted_and_stated if next(self._answered) % _COMPARED == 0 else None,
                 )
             self.metrics.charged(
                 group=entry.admitted_via,
@@ -250,28 +260,24 @@ class Relay:
         except asyncio.CancelledError:
             if not client.is_disconnected:
                 raise  # the server stops
-            task.uncancel()
+            _uncancel()
             raise ClientLeft from None
         finally:
             client.on_disconnected(None)
 
-    @asynccontextmanager
-    async def _end_on_error(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
-        """End a call whose upstream fails, and tell the client: by an HTTP status, or by an event of the stream."""
-        try:
-            yield
-        except ProxyError as error:
-            call.client.line.error = error
-            if isinstance(error, UpstreamError):
-                # An error answer has ended the call already (its status says what is charged): the first end counts.
-                await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
-                upstream = (reservation.target or call.model).upstream
-                log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=error.reason)
-            if not call.client.has_begun:
-                raise
-            # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
-            await call.client.write(error_event(call.request.endpoint, error))
-            await call.client.end()
+    async def _end_failed(self, error: ProxyError, call: Call, reservation: Reservation) -> None:
+        """End a call whose upstream failed. Raises the error, or sends it as an event if the answer has begun."""
+        call.client.line.error = error
+        if isinstance(error, UpstreamError):
+            # An error answer has ended the call already (its status says what is charged): the first end counts.
+            await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
+            upstream = (reservation.target or call.model).upstream
+            log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=error.reason)
+        if not call.client.has_begun:
+            raise error
+        # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
+        await call.client.write(error_event(call.request.endpoint, error))
+        await call.client.end()
 
     async def _begins_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
         """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.
@@ -401,6 +407,13 @@ class Relay:
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
         return call.quota_headers(reservation.entry, reservation.counters, self._ledger.now(), is_held=is_held)
+
+
+def _uncancel() -> None:
+    """Take back the cancellation of this task, which was for its call alone."""
+    task = asyncio.current_task()
+    assert task is not None, "a call runs in a task"
+    task.uncancel()
 
 
 def _logged_id(answer: Answer) -> str | None:

@@ -8,14 +8,13 @@ hold grows with the output that the meter has seen (`grow`). Example, for a requ
     an event brings the output to 2,060   hold 3,084     and so on, but never more than 8,000
     the stream ends at 2,500              settled with 2,500; the other 584 are free again
 
-If the block of a reservation is left without an end, it is settled with what the meter has seen. So neither a client
-nor an upstream nor a bug of ours leaves tokens held.
+`relay` ends it on every path, at last with what the meter has seen. So neither a client nor an upstream nor a bug of
+ours leaves tokens held.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import TracebackType
 
 import structlog
 
@@ -79,14 +78,6 @@ class Reservation:
         self._unheld_allowance = 0
         self._miscount_allowance = 0
         self._widen_output_bound()
-
-    async def __aenter__(self) -> "Reservation":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.end("proxy_broke")
 
     def begin_attempt(self, target: Model, meter: Meter, *, count: TokenCount) -> None:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""

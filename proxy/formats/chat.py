@@ -27,7 +27,7 @@ from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
-from proxy.formats.texts import read_object, texts_in
+from proxy.formats.texts import plain_text, read_object, texts_in
 from proxy.formats.usage import Stated, read_timings, without_usages
 from proxy.policy.amounts import Tokens
 
@@ -143,7 +143,11 @@ class ChatMeter(Meter):
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
             if self._choices > 1:
                 self._has_finish = self._has_finish or _has_finish(choices)
-            self._count_texts(without_usages(choices) if has_usage else choices)
+            text = plain_text(choices)
+            if text is not None:
+                self._keep([text] if text else [])
+            else:
+                self._count_texts(without_usages(choices) if has_usage else choices)
         elif not isinstance(chunk.get("usage"), dict):
             self._count_other_shape(chunk, chunk.get("type") or event.name)
         if has_usage or b'"x_' in event.raw:

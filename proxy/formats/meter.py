@@ -16,6 +16,9 @@ If the upstream states no usage, the meter counts the texts of a stream itself, 
 because no server sends a piece for less than a token. So a word that comes in three pieces is at least three tokens,
 although the tokenizer may need only two for the whole word.
 
+Texts are kept, and counted only when the number is needed: most answers state their usage at the end, and until then
+the length of the texts in bytes is a bound (`output_at_most`), because a token has at least one byte.
+
 An `Ending` watches the same stream as far as it passed to the client, and can end it at a quota's limit.
 
 Each surface has its own meter and its own ending, in a module of its name (`chat`, `responses`, `messages`, `media`).
@@ -50,6 +53,8 @@ _ITEM_TEXT_MEMBERS = ("content", "summary", "arguments", "input", "text")
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
+# How much text of a stream is kept before it is counted, in bytes. To count so much takes 3 ms.
+_KEPT_BYTES_MAX = 16_384
 
 
 class Ending(ABC):
@@ -135,8 +140,11 @@ class Meter(ABC):
         self._stated: Stated | None = None
         self._is_partial = False  # the stated usage is of one choice, not of the whole answer
         self._is_contradicted = False  # the upstream stated a smaller output than it had stated before
-        self._counted = 0  # output tokens by our count, in the whole answer
+        self._tokens_counted = 0  # output tokens by our count, in the whole answer, without the pieces that are kept
         self._counted_since_stated = 0  # the same, since the upstream last stated its usage
+        self._pieces: list[list[str]] = []  # texts that are kept: each item is one token or more
+        self._pieces_bytes = 0
+        self._pieces_stated = 0  # so many of them came before the upstream last stated its usage
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -147,8 +155,18 @@ class Meter(ABC):
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
         if not self._counts_text:
             return 0
+        if len(self._pieces) > self._pieces_stated:
+            self._count_pieces()
         seen = self._output_stated + self._counted_since_stated
         return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
+
+    @property
+    def output_at_most(self) -> int:
+        """The same, or more: texts that were not counted yet are taken for as many tokens as they have bytes."""
+        if not self._counts_text:
+            return 0
+        seen = max(self._output_stated + self._counted_since_stated, self._tokens_counted)
+        return seen + self._pieces_bytes + self._extra_output
 
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
@@ -169,10 +187,11 @@ class Meter(ABC):
     def counted_and_stated(self) -> tuple[int, int] | None:
         """The tokens of output by our own count and by the upstream's; None unless both are known of the same text.
 
-        Reasoning may be stated that was not shown, so an answer with reasoning cannot be compared.
+        Reasoning may be stated that was not shown, so an answer with reasoning cannot be compared. The texts of the
+        stream that are still kept are counted for this.
         """
         stated = self._stated
-        if stated is None or not stated.output or not self._counted or stated.reasoning or self._is_partial:
+        if stated is None or not stated.output or stated.reasoning or self._is_partial or not self._counted:
             return None
         return self._counted, stated.output
 
@@ -329,6 +348,7 @@ class Meter(ABC):
         self._stated = stated
         if output > before or output >= self._counted:
             self._counted_since_stated = 0
+            self._pieces_stated = len(self._pieces)
 
     def _see_usage(self, usage: object) -> None:
         """Record a usage object, if it is one."""
@@ -346,10 +366,33 @@ class Meter(ABC):
             self._see_usage(usage)
 
     def _count_texts(self, part: object) -> None:
-        """Count the texts in a piece of the answer, as at least one token if there is any text."""
-        tokens = [self._count(text) for text in texts_in(part)]
-        if tokens:
-            self._add_to_count(max(1, sum(tokens)))
+        """Keep the texts in a piece of the answer, to be counted as at least one token if there is any text."""
+        self._keep([*texts_in(part)])
+
+    def _keep(self, texts: list[str]) -> None:
+        """Keep the texts of one piece, none of which is empty."""
+        if texts:
+            self._pieces.append(texts)
+            self._pieces_bytes += sum(map(_bytes_at_most, texts))
+            if self._pieces_bytes > _KEPT_BYTES_MAX:
+                self._count_pieces()
+
+    def _count_pieces(self) -> None:
+        """Count the texts that are kept."""
+        for index, texts in enumerate(self._pieces):
+            tokens = max(1, sum(map(self._count, texts)))
+            self._tokens_counted += tokens
+            if index >= self._pieces_stated:
+                self._counted_since_stated += tokens
+        self._pieces.clear()
+        self._pieces_bytes = self._pieces_stated = 0
+
+    @property
+    def _counted(self) -> int:
+        """The output tokens of the whole answer by our count."""
+        if self._pieces:
+            self._count_pieces()
+        return self._tokens_counted
 
     def _count_missing(self, part: object) -> None:
         """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.
@@ -397,8 +440,13 @@ class Meter(ABC):
         self._add_to_count(-(-len(data) // _BYTES_PER_TOKEN))
 
     def _add_to_count(self, tokens: int) -> None:
-        self._counted += tokens
+        self._tokens_counted += tokens
         self._counted_since_stated += tokens
+
+
+def _bytes_at_most(text: str) -> int:
+    """The length of a text in bytes, or more."""
+    return len(text) if text.isascii() else 4 * len(text)
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:

@@ -109,7 +109,10 @@ class Stream:
     def _is_covered(self, covered: int) -> bool:
         # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after one
         # word needs no hold, it is charged by the settlement.
-        return self._blocked is None or self._meter.is_at_end or self._meter.output_seen <= covered
+        meter = self._meter
+        if self._blocked is None or meter.is_at_end or meter.output_at_most <= covered:
+            return True
+        return meter.output_seen <= covered
 
     def _see(self, event: Event, *, is_cut: bool = False) -> bytes:
         if event.raw.endswith(b"\r\n"):

@@ -21,6 +21,7 @@ _NOT_TEXT = frozenset(
     "role type id index call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data signature".split()
 )
+_PLAIN_CHOICE = frozenset(("index", "delta", "finish_reason", "logprobs"))
 # The same in an answer in the shape of another API, where all members are looked at: what the answer is and whose,
 # what it repeats of the request, what a server adds to it, and what it states of its usage.
 _NOT_TEXT_ELSEWHERE = _NOT_TEXT - {"data"} | frozenset(
@@ -88,6 +89,17 @@ def _bounded_int(digits: str) -> float:
 def texts_in(part: object) -> Iterator[str]:
     """The texts in a part of an answer, at any depth: content, refusals, arguments of tool calls."""
     return (value for value in walk(part, _members_with_text) if isinstance(value, str) and value)
+
+
+def plain_text(choices: object) -> str | None:
+    """The text of a chunk with one choice that has a text and nothing else, as nearly all chunks; None otherwise."""
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return None
+    delta = choices[0].get("delta")
+    if not isinstance(delta, dict) or len(delta) != 1 or not _PLAIN_CHOICE.issuperset(choices[0]):
+        return None
+    text = delta.get("content")
+    return text if isinstance(text, str) else None
 
 
 def _members_with_text(members: dict[str, Any]) -> list[object]:

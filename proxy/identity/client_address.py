@@ -23,7 +23,7 @@ def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted
     name, `unknown`), because nobody can say whether it stands for a trusted proxy. An empty text if the peer has no
     address (a Unix socket).
     """
-    if not is_in(parse_address(peer), trusted):
+    if not trusted or not is_in(parse_address(peer), trusted):
         return _shown(peer)
     values = [value for name, value in headers if name.lower() == "x-forwarded-for"]
     for entry in reversed(",".join(values).split(",")):

@@ -38,21 +38,24 @@ async def defer_continue(request: web.Request) -> None:
 
 async def read_body(
     request: web.Request, limits: ConnectionLimits, share: BodyShare, *, bytes_max: int = REQUEST_BYTES_MAX
-) -> bytearray:
+) -> bytes | bytearray:
     """The whole body, decompressed, in the memory of `share`. Call it only when the client's key has been checked.
 
     It has at most `bytes_max` bytes, before and after decompression.
 
-    It is not copied into `bytes`, because that blocks the event loop for 10 ms if the body is large.
+    A body in pieces is not copied into `bytes`, because that blocks the event loop for 10 ms if it is large.
 
     Raises BodyTooLarge, InvalidRequest, TooSlow and UnsupportedEncoding, and what `share.hold` raises.
     """
-    if request.content_type.startswith("multipart/"):
+    if request.headers.get(hdrs.CONTENT_TYPE, "").strip().lower().startswith("multipart/"):
         raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
     decoder = _decoder_for(request)
-    if request.content_length is not None and request.content_length > bytes_max:
+    length = request.content_length or 0
+    if length > bytes_max:
         raise _too_large(bytes_max)
-    await share.hold(request.content_length or 0)
+    await share.hold(length)
+    if length and decoder is None and request.content.is_eof():  # it has come with its head
+        return request.content.read_nowait()
     try:
         async with _receiving(request, limits) as on_received:
             body = await _read_decoded(request, decoder, share, bytes_max=bytes_max, on_received=on_received)

@@ -13,8 +13,6 @@ from collections.abc import Collection
 
 from aiohttp import hdrs, web
 
-from proxy.web.middleware import Handler
-
 _ALLOWED_METHODS = "GET, POST, DELETE, OPTIONS"
 # The headers that the browser asks for are echoed one by one, because `*` does not include `authorization` (Fetch
 # Standard, "CORS protocol"). Any name of a header (RFC 9110 §5.6.2) may be among them: SDKs send a dozen of their
@@ -41,12 +39,11 @@ class Cors:
     def __init__(self, origins: Collection[str]) -> None:
         self._origins = frozenset(origins)
 
-    @web.middleware
-    async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer a preflight request of an allowed origin. It comes before authentication, because it has no key."""
+    def answer_preflight(self, request: web.Request) -> web.Response | None:
+        """The answer to a preflight request of an allowed origin; None for any other request."""
         is_preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
         if not is_preflight or self._allowed(request) is None:
-            return await handler(request)
+            return None
         requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
         echoed = [name for name in map(str.strip, requested) if _HEADER_NAME.fullmatch(name)]
         headers = {hdrs.ACCESS_CONTROL_ALLOW_METHODS: _ALLOWED_METHODS, hdrs.ACCESS_CONTROL_MAX_AGE: _MAX_AGE_S}
@@ -57,8 +54,7 @@ class Cors:
     async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add the CORS headers to a response, whatever its status.
 
-        It is a signal handler of `on_response_prepare` and not a middleware: a streamed response is sent before the
-        handler returns it.
+        It is a signal handler of `on_response_prepare`: a streamed response is sent before the handler returns it.
         """
         if self._origins and "*" not in self._origins:
             # The headers depend on the origin, so a cache must not give this response to a page of another origin.

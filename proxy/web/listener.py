@@ -30,7 +30,7 @@ version.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from itertools import islice
@@ -47,7 +47,7 @@ from proxy.formats.strict_json import dump
 from proxy.identity.client_address import shared_address
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.upstreams.network import keep_alive
-from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, error_response
+from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, Handler, error_response
 from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
@@ -81,18 +81,23 @@ log = structlog.get_logger("listener")
 class Listener(web.AppRunner):
     """Serves an application with the limits of its connections. What it refuses by itself is in `request_log`.
 
-    The application gets paths without `prefix`, and those that do not begin with it marked `IS_OUTSIDE_PREFIX`.
+    Paths are given without `prefix`, and those that do not begin with it marked `IS_OUTSIDE_PREFIX`. `serve` answers
+    each request and may call the application, which it gets as its first argument; None: the application answers.
     """
 
     def __init__(
-        self, application: web.Application, limits: ConnectionLimits, *, request_log: RequestLog, prefix: str = ""
+        self,
+        application: web.Application,
+        limits: ConnectionLimits,
+        *,
+        request_log: RequestLog,
+        prefix: str = "",
+        serve: Callable[[Handler, web.Request], Awaitable[web.StreamResponse]] | None = None,
     ) -> None:
         super().__init__(
             application,
             access_log=None,
-            # Cancels the handler as soon as its client disconnects, also while nothing is being written. A handler
-            # only waits for its call, which runs in a task of its own and is not cancelled.
-            handler_cancellation=True,
+            handler_cancellation=False,  # `Connection` cancels handlers, but not those that want to be told
             keepalive_timeout=limits.idle_s,
             max_field_size=_LINE_BYTES_MAX,
             max_line_size=_LINE_BYTES_MAX,
@@ -103,6 +108,7 @@ class Listener(web.AppRunner):
         self._limits = limits
         self._request_log = request_log
         self._prefix = prefix
+        self._serve = serve
 
     async def stop_accepting(self) -> None:
         """Accept no more connections. Those that are open stay."""
@@ -123,7 +129,7 @@ class Listener(web.AppRunner):
         made = await super()._make_server()
         factory = made.request_factory
         return _Connections(
-            made.request_handler,
+            made.request_handler if self._serve is None else partial(self._serve, made.request_handler),
             request_factory=partial(_request_below, self._prefix, factory) if self._prefix else factory,
             handler_cancellation=made.handler_cancellation,
             limits=self._limits,
@@ -272,7 +278,8 @@ def _address_of(peername: Any) -> str | None:
 class Connection(web.RequestHandler):
     """One connection, which parses heads and rejects a client that exceeds a limit.
 
-    `has_key` says that a valid key is known, as the module's docstring defines it.
+    `has_key` says that a valid key is known, as the module's docstring defines it. `on_lost` is called when the
+    connection is lost; while it is None, the handler is cancelled.
 
     A head has `head_s` seconds from its first byte to its last, however many packets it takes. A client that sends
     `GET / HT` at 12:00:00 and one byte every second after that is rejected at 12:00:10, with the default of 10 s.
@@ -280,7 +287,7 @@ class Connection(web.RequestHandler):
 
     __slots__ = (
         *("_connections", "_limits", "_places", "_transport"),
-        *("_answers", "has_key"),
+        *("_answers", "has_key", "on_lost"),
         *("_head_bytes", "_head_deadline"),
         *("_reading_deadline", "_unread_bytes"),
     )
@@ -293,6 +300,7 @@ class Connection(web.RequestHandler):
         # The library forgets its `transport` when it closes the connection, also while data waits to be read.
         self._transport: asyncio.Transport | None = None
         self.has_key = False
+        self.on_lost: Callable[[], object] | None = None
         self._answers = 0
         self._head_bytes = 0
         self._head_deadline: asyncio.TimerHandle | None = None
@@ -314,12 +322,18 @@ class Connection(web.RequestHandler):
             self._reject(TooManyConnections())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection was closed."""
+        """The connection was closed. Tell the handler, or cancel it, also while nothing is being written."""
         self._connections.closed(self)
         self._leave()
         self._stop_watching()
         self._transport = None
+        # Taken from the library, which would count the connection as open until the handler has ended.
+        handler, self._task_handler = self._task_handler, None
         super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+        elif handler is not None:
+            handler.cancel()
 
     @property
     def has_unread_answer(self) -> bool:
@@ -517,6 +531,12 @@ def note_valid_key(request: web.Request) -> None:
     """Tell the connection of this request that the request has a valid key."""
     if isinstance(request.protocol, Connection):  # None if the client has left
         request.protocol.note_valid_key()
+
+
+def when_lost(request: web.Request, notify: Callable[[], object] | None) -> None:
+    """Call this when the connection of this request is lost, and do not cancel its handler; None cancels it again."""
+    if isinstance(request.protocol, Connection):  # None if the client has left
+        request.protocol.on_lost = notify
 
 
 def _as_bytes(error: ProxyError, id: str) -> bytes:

@@ -1,6 +1,6 @@
 """The steps that every request passes: validation of its framing, and the conversion of every error to a response.
 
-`answer_errors` is the place that converts every error of a request to a response, in the shape of the API that was
+`response_to` is the place that converts every error of a request to a response, in the shape of the API that was
 addressed: OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises.
 `listener` uses `error_response` too, for requests that never reach a handler.
 
@@ -43,9 +43,8 @@ log = structlog.get_logger("middleware")
 # --------------------------------------------------------------------------------------------------------- validation
 
 
-@web.middleware
-async def validate_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Handle the request if there is only one way to parse it. Raises BadFraming.
+def validate_request(request: web.Request) -> None:
+    """Check that there is only one way to parse the request. Raises BadFraming.
 
     For example `Transfer-Encoding: gzip, chunked`: the library parses the body as chunked. A server in front that
     compares the value with `chunked` finds no match and may take the body to be empty. The two would disagree about
@@ -64,32 +63,28 @@ async def validate_request(request: web.Request, handler: Handler) -> web.Stream
     codings = request.headers.getall(hdrs.TRANSFER_ENCODING, [])
     if codings and ([coding.lower() for coding in codings] != ["chunked"] or request.version < (1, 1)):
         raise BadFraming("Transfer-Encoding must be chunked and nothing else, in HTTP/1.1.")
-    return await handler(request)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-@web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Convert every exception of the handler to a response in the shape of the API that was addressed."""
-    try:
-        return await handler(request)
-    except ProxyError as error:
-        response = error_response(error, request)
-        # The connection is closed if it is unknown where the next request begins. That is so for errors of framing
-        # (`closes`), and after `Expect: 100-continue`: a client that gets a final status instead of the 100 may send
-        # its body all the same, or leave it out (RFC 9110 §10.1.1).
-        if error.closes or hdrs.EXPECT in request.headers:
-            response.force_close()
-        drop_frames(error)
-        return response
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return error_response(_not_served(request), request)
-    except Exception as error:
-        log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
-        drop_frames(error)
-        return error_response(InternalError(), request)
+def response_to(error: Exception, request: web.Request) -> web.Response:
+    """The response to an exception of the handler, in the shape of the API that was addressed."""
+    match error:
+        case ProxyError():
+            response = error_response(error, request)
+            # The connection is closed if it is unknown where the next request begins. That is so for errors of
+            # framing (`closes`), and after `Expect: 100-continue`: a client that gets a final status instead of the
+            # 100 may send its body all the same, or leave it out (RFC 9110 §10.1.1).
+            if error.closes or hdrs.EXPECT in request.headers:
+                response.force_close()
+        case web.HTTPNotFound() | web.HTTPMethodNotAllowed():
+            response = error_response(_not_served(request), request)
+        case _:
+            log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
+            response = error_response(InternalError(), request)
+    drop_frames(error)
+    return response
 
 
 async def add_server_name(request: web.Request, response: web.StreamResponse) -> None:

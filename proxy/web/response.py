@@ -1,9 +1,8 @@
 """Writes the answer of one request to its client, and notices that the client has disconnected.
 
-The handler of a request only waits for its call, which runs in a task of its own. When the client closes the
-connection, the server library cancels the handler at once, also while nothing is being written, and the handler calls
-`note_disconnect`. The call reads `is_disconnected`, or is notified through `on_disconnected`. Writing to a
-client that has disconnected does nothing.
+When the client closes the connection, the listener calls `note_disconnect` at once, also while nothing is being
+written. The call reads `is_disconnected`, or is notified through `on_disconnected`. Writing to a client that has
+disconnected does nothing.
 """
 
 import asyncio
@@ -11,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
+from aiohttp.http_writer import StreamWriter
 
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
@@ -82,10 +82,20 @@ class WebResponder:
 
     async def write(self, data: bytes) -> None:
         """Send a piece of a streamed answer; waits while the client reads slowly."""
-        response = self.response
+        response, protocol = self.response, self._request.protocol
         assert response is not None, "start() first"
-        if data:
+        if not data or self.is_disconnected:
+            return
+        if protocol is None or protocol.writing_paused:
             await self._write_in_time(lambda: response.write(data))
+            return
+        writer = self._request.writer
+        assert isinstance(writer, StreamWriter), "the library's own"
+        try:
+            await writer.write(data, drain=False)  # which never waits
+        except ConnectionError:
+            self.abort()
+        self._written_at = asyncio.get_running_loop().time()
 
     @contextmanager
     def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
@@ -149,9 +159,7 @@ class WebResponder:
         """
         if self.is_disconnected:
             return
-        # A plain timer: a stream has thousands of writes, and asyncio.timeout would cost five times as much for each.
-        loop = asyncio.get_running_loop()
-        deadline = loop.call_later(self._write_s, self.abort)
+        deadline = asyncio.get_running_loop().call_later(self._write_s, self.abort)
         self._writes_in_progress += 1
         try:
             await write()
@@ -160,7 +168,7 @@ class WebResponder:
         finally:
             deadline.cancel()
             self._writes_in_progress -= 1
-            self._written_at = loop.time()
+            self._written_at = asyncio.get_running_loop().time()
 
     def _schedule_heartbeat(self, after_s: float, every_s: float, beat: Callable[[], Awaitable[None]]) -> None:
         self._heartbeat_timer = asyncio.get_running_loop().call_later(

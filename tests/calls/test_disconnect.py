@@ -12,7 +12,7 @@ import pytest
 
 from proxy.calls import disconnect as module
 from proxy.calls.call import Call
-from proxy.calls.disconnect import DRAINS_PER_USER_MAX, Disconnects
+from proxy.calls.disconnect import DRAINS_PER_USER_MAX, Disconnects, Watch
 from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import load_text
@@ -201,11 +201,9 @@ class WatchedDisconnects(Disconnects):
 
     client: WebResponder
 
-    @asynccontextmanager
-    async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
+    def watch(self, call: Call, reservation: Reservation) -> Watch:
         self.client = call.client
-        async with super().watch(call, reservation):
-            yield
+        return super().watch(call, reservation)
 
 
 @asynccontextmanager

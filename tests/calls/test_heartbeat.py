@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from proxy.calls.call import Call
-from proxy.calls.disconnect import Disconnects
+from proxy.calls.disconnect import Disconnects, Watch
 from proxy.calls.reservation import Reservation
 from proxy.config.loader import ConnectionLimits
 from proxy.web.response import HEARTBEAT, WebResponder
@@ -54,12 +54,10 @@ class WatchedDisconnects(Disconnects):
         super().__init__()
         self.clients: list[WebResponder] = []
 
-    @asynccontextmanager
-    async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
+    def watch(self, call: Call, reservation: Reservation) -> Watch:
         assert isinstance(call.client, WebResponder)
         self.clients.append(call.client)
-        async with super().watch(call, reservation):
-            yield
+        return super().watch(call, reservation)
 
 
 class Silent:

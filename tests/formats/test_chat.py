@@ -36,6 +36,7 @@ from proxy.formats.meter import JSON, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event, Splitter
 from proxy.formats.surfaces import error_event, meter_of
+from proxy.formats.texts import plain_text, texts_in
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.text import Endpoint as Simulated
 from tests.formats.streams import (
@@ -1140,3 +1141,26 @@ def test_additional_tokens_of_an_earlier_usage_count(later: dict | None) -> None
     for each in Splitter().feed(TEXT + event(usage_chunk({**ZEROS, "prompt_tokens": 11, "citation_tokens": 20}))):
         meter.see_event(each)
     assert meter.usage() == AtLeast(Tokens(11, 32))
+
+
+@given(
+    choice=st.fixed_dictionaries(
+        {"delta": st.dictionaries(st.sampled_from(["content", "role", "refusal"]), st.text(max_size=3) | st.none())},
+        optional={
+            "index": st.just(0),
+            "finish_reason": st.none() | st.just("stop"),
+            "logprobs": st.just({"content": [{"token": "x"}]}),
+            "text": st.text(max_size=3),
+            "usage": st.just({"completion_tokens": 3}),
+        },
+    ),
+    more=st.lists(st.just({"delta": {"content": "y"}}), max_size=1),
+)
+def test_the_text_of_a_plain_chunk_is_its_only_text(choice: dict[str, Any], more: list[Any]) -> None:
+    """What the short way finds, the walk through all members finds as well; a chunk with anything else is walked."""
+    text = plain_text([choice, *more])
+    delta, names = choice["delta"], {"delta", "index", "finish_reason", "logprobs"}
+    is_plain = not more and choice.keys() <= names and delta.keys() == {"content"} and delta["content"] is not None
+    assert (text is not None) == is_plain
+    if is_plain:
+        assert [*texts_in([choice])] == ([text] if text else [])

@@ -671,3 +671,61 @@ async def _final(endpoint: Simulated, body: bytes) -> None:
 def test_the_two_counts_of_an_output_can_be_compared(stream: bytes, both: tuple[int, int] | None) -> None:
     """If both are known, and of the same text: reasoning may be stated that was not shown."""
     assert watch(stream, ASKED)[0].counted_and_stated == both
+
+
+# ------------------------------------------------------------------------------------------------------ late counting
+
+
+def test_the_texts_of_an_answer_that_states_its_usage_are_not_counted() -> None:
+    """Their length is a bound until the usage comes, and then nobody needs their number."""
+    counted: list[str] = []
+    meter = meter_of(UNASKED, count=lambda text: counted.append(text) or 1, kind="openai")
+    for each in Splitter().feed(TEXT):
+        meter.see_event(each)
+    assert meter.output_at_most == 12
+    for each in Splitter().feed(event(chunk(finish="stop")) + event(usage_chunk()) + DONE):
+        meter.see_event(each)
+    assert (meter.usage(), meter.output_at_most) == (REPORTED, 5 + 12)
+    assert counted == []
+    assert meter.counted_and_stated == (2, 5)  # which counts them after all
+    assert counted == ["Hello", " world!"]
+
+
+def test_long_texts_are_not_kept() -> None:
+    """Whatever the usage at the end: a stream may be longer than the memory."""
+    counted: list[str] = []
+    meter = meter_of(UNASKED, count=lambda text: counted.append(text) or 1, kind="openai")
+    for each in Splitter().feed(event(chunk("x" * 1000)) * 20):
+        meter.see_event(each)
+    assert len(counted) == 17
+    assert (meter.output_at_most, meter.output_seen) == (17 + 3000, 20)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.text("xé", max_size=9)
+            | st.tuples(st.integers(0, 9), st.integers(0, 30)).filter(any)
+            | st.just((0, 0)),
+            st.booleans(),
+        ),
+        max_size=12,
+    ),
+    adds=st.booleans(),
+)
+def test_when_texts_are_counted_makes_no_difference(steps: list[tuple[Any, bool]], adds: bool) -> None:
+    """Neither to the usage nor to what was seen, also if a usage comes between texts, falls or is zero."""
+    late, early, sometimes = (meter_of(UNASKED, count=lambda text: len(text) // 3, kind="openai") for _ in range(3))
+    for step, is_read in steps:
+        if isinstance(step, str):
+            data = chunk(step)
+        else:
+            usage = {"prompt_tokens": step[0], "completion_tokens": step[1], "total_tokens": sum(step)}
+            data = {**chunk(""), "usage": usage} if adds else {"id": "c-1", "choices": [], "usage": usage}
+        for meter in (late, early, sometimes):
+            meter.see_event(Splitter().feed(event(data))[0])
+        assert late.output_at_most >= early.output_seen
+        assert not is_read or sometimes.output_seen == early.output_seen
+    assert late.output_at_most >= early.output_seen
+    assert late.usage() == early.usage() == sometimes.usage()
+    assert late.output_seen == early.output_seen == sometimes.output_seen

@@ -742,7 +742,7 @@ INTERNALS = {
     (web.AppRunner, "_make_server"): "setup() awaits it once, and serves with the web.Server that it returns",
     (web.Server, "request_handler"): "the first argument of the constructor, the same for every connection",
     (web.Server, "request_factory"): "an argument of the constructor, which creates the Request of a parsed head",
-    (web.Server, "handler_cancellation"): "an argument of the constructor",
+    (web.Server, "handler_cancellation"): "an argument of the constructor; False: connection_lost cancels nothing",
     (web.Server, "_kwargs"): "the other arguments of the constructor, which __call__ passes to RequestHandler",
     (web.Server, "_loop"): "the event loop, which __call__ passes to RequestHandler",
     (web.Server, "_connections"): "has an item for each open connection, which connection_made adds",
@@ -762,6 +762,7 @@ INTERNALS = {
     (web.RequestHandler, "close"): "sets _close, and closes the connection when the running handler has ended",
     (web.RequestHandler, "transport"): "the connection, None after connection_lost",
     (web.RequestHandler, "_loop"): "the event loop",
+    (web.RequestHandler, "_task_handler"): "the task that handles the requests, which connection_lost may cancel",
     (web.RequestHandler, "_close"): "is true after close(), when data_received ignores all data",
     (web.RequestHandler, "_request_count"): "grows by one with each head that data_received has parsed",
     (web.RequestHandler, "_messages"): "has the requests that are parsed and not yet being handled",
@@ -771,7 +772,7 @@ INTERNALS = {
 
 # What listener.py adds to aiohttp's classes.
 ADDED = {
-    web.AppRunner: ["_limits", "_prefix", "_request_log", "all_answered", "stop_accepting"],
+    web.AppRunner: ["_limits", "_prefix", "_request_log", "_serve", "all_answered", "stop_accepting"],
     web.Server: [
         *("limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"),
         *("opened", "closed", "all_answered", "is_closing", "_open", "_all_closed"),

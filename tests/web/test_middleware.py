@@ -15,7 +15,7 @@ from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
 from proxy.errors import BodyTooLarge, LedgerUnavailable, ProxyError
-from proxy.web.middleware import REQUEST_ID, answer_errors
+from proxy.web.middleware import REQUEST_ID, response_to
 from tests.bare_client import KEY, bare_client, get, post
 from tests.stage import Stage, key_of, stage
 
@@ -159,14 +159,10 @@ async def test_pipelined_requests_are_authenticated_one_by_one(tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        raise error
-
+def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]:
     request = make_mocked_request("POST", "/v1/x")
     request[REQUEST_ID] = "req_1"
-    response = await answer_errors(request, handler)
-    assert isinstance(response, web.Response)
+    response = response_to(error, request)
     assert isinstance(response.body, bytes)
     return response, json.loads(response.body)["error"]
 
@@ -180,49 +176,35 @@ async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]
         (BodyTooLarge("larger than 1000 bytes"), 413, "larger than 1000 bytes"),
     ],
 )
-async def test_every_error_has_openai_s_shape(error: Exception, status: int, message: str) -> None:
+def test_every_error_has_openai_s_shape(error: Exception, status: int, message: str) -> None:
     """Errors of the proxy and errors of the server library."""
-    response, shown = await _answer(error)
+    response, shown = _answer(error)
     assert response.status == status
     assert message in shown["message"]
     assert shown.keys() >= {"message", "type", "param", "code"}
     assert response.headers["x-request-id"] == "req_1"
 
 
-async def test_an_unexpected_exception_is_a_500_without_its_text() -> None:
+def test_an_unexpected_exception_is_a_500_without_its_text() -> None:
     """The text may contain anything, so only the log has it."""
     with capture_logs() as logged:
-        response, shown = await _answer(RuntimeError("secret detail"))
+        response, shown = _answer(RuntimeError("secret detail"))
     assert response.status == 500
     assert "secret" not in json.dumps(shown)
     assert "secret detail" in str(logged)
 
 
-async def test_an_answer_passes_unchanged() -> None:
-    """And the response of an error has no request id if the request has none."""
-
-    async def good(request: web.Request) -> web.StreamResponse:
-        return web.Response(text="ok")
-
-    async def bad(request: web.Request) -> web.StreamResponse:
-        raise ProxyError("no")
-
-    request = make_mocked_request("GET", "/x")
-    assert (await answer_errors(request, good)).status == 200
-    assert "x-request-id" not in (await answer_errors(request, bad)).headers
+def test_an_error_without_an_id_has_no_header_for_it() -> None:
+    """The listener itself refuses some requests before they have one."""
+    assert "x-request-id" not in response_to(ProxyError("no"), make_mocked_request("GET", "/x")).headers
 
 
-async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
+def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
     """The id is in the header that Anthropic's SDK reads, and in the body."""
-
-    async def bad(request: web.Request) -> web.StreamResponse:
-        raise LedgerUnavailable
-
     request = make_mocked_request("POST", "/v1/messages/x")
-    without_id = await answer_errors(request, bad)
+    without_id = response_to(LedgerUnavailable(), request)
     request[REQUEST_ID] = "req_1"
-    response = await answer_errors(request, bad)
-    assert isinstance(response, web.Response)
+    response = response_to(LedgerUnavailable(), request)
     assert isinstance(response.body, bytes)
     body = json.loads(response.body)
     assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "overloaded_error", "req_1")

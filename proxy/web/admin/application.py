@@ -58,9 +58,8 @@ class Admin:
         application = web.Application(
             middlewares=[
                 self._assign_id,  # the outermost, because every answer has the id
-                answer_problems,  # outside of the following ones, whose errors it answers
-                validate_request,
-                self._check_host,
+                answer_problems,  # outside of the following one, whose errors it answers
+                self._check_request,
             ]
         )
         application.on_response_prepare.extend([add_server_name, _add_headers])
@@ -94,7 +93,8 @@ class Admin:
                 self._request_log.write(line, status, is_counted=False)
 
     @web.middleware
-    async def _check_host(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _check_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        validate_request(request)
         # Load balancers ask for health by any name.
         if request.path not in HEALTH_PATHS:
             self._access.check_host(request)

@@ -293,7 +293,7 @@ class Operations:
     async def _body(self, operation: Operation, request: web.Request, admin: Admin) -> Fields:
         assert operation.body is not None
         if not request.body_exists:
-            data = bytearray(b"{}")
+            data: bytes | bytearray = b"{}"
         elif request.content_type != JSON:
             raise Problem("unsupported-type", f"Send the body as JSON, with Content-Type: {JSON}.")
         else:

@@ -119,7 +119,7 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         if problem.code == "internal":
             log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
         response = _response(problem, request)
-        # As `middleware.answer_errors` does: it is unknown where the next request begins.
+        # As `middleware.response_to` does: it is unknown where the next request begins.
         if (isinstance(error, ProxyError) and error.closes) or hdrs.EXPECT in request.headers:
             response.force_close()
         line = request.get(LOG_LINE)
