@@ -31,7 +31,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import orjson
@@ -274,9 +274,6 @@ class SqliteStore:
             found = stat_of(file)
             if found is not None:
                 self._opened_files.append((suffix, file, (found.st_dev, found.st_ino)))
-        pooled = self._engine.raw_connection()
-        self._db = pooled.driver_connection
-        pooled.close()
 
     def _migrate(self, had_database: bool) -> None:
         has_database, has_log = (has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
@@ -400,16 +397,16 @@ class SqliteStore:
             fcntl.flock(self._turn_file, fcntl.LOCK_UN)
 
     def _apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        assert self._db is not None, "the store is open"
+        db = self._db or self._connect()
         is_committing = False
         try:
             self._check_files()
-            self._db.execute(_BEGIN)
+            db.execute(_BEGIN)
             if self._now is not None:
                 # It has waited for the lock, perhaps for a reset of these counters. What this batch does must not
                 # seem to be older than that.
                 now = self._now()
-            book = self._load(self._db, operations, now)
+            book = self._load(db, operations, now)
             known = list(book.entries)
             replies = [book.apply(operation) for operation in operations]
             changes = changes_of(book, known)
@@ -419,19 +416,27 @@ class SqliteStore:
                 (self._sql.change_calls, changes.changed),
             ):
                 if rows:
-                    self._db.executemany(statement, rows)
+                    db.executemany(statement, rows)
             is_committing = True
-            self._db.execute("COMMIT")
+            db.execute("COMMIT")
         except BaseException as error:
             self._forget()
             with suppress(sqlite3.Error):  # if it fails, the next batch fails too, and tries it again
-                self._db.rollback()
+                db.rollback()
             if translated := self._translated(error, is_uncertain=is_committing):
                 raise translated from error
             raise
         self._counters.put(book.counters)
         self._calls.put({entry.id: entry for entry in book.entries.values() if entry.state == "open"})
         return replies
+
+    def _connect(self) -> sqlite3.Connection:
+        """The driver's connection, which stays that of the engine."""
+        with self._translated_errors():
+            pooled = self._engine.raw_connection()
+        db = self._db = cast(sqlite3.Connection, pooled.driver_connection)
+        pooled.close()
+        return db
 
     def _load(self, db: sqlite3.Connection, operations: Sequence[Operation], now: int) -> Book:
         """What the operations touch: what was kept of it, and the rest from the file.
