@@ -2,11 +2,10 @@
 
 A part is started when everything that it uses has been started:
 
-1. tokenizers: their tables are read
-2. ledger: the database is migrated, and calls that a dead process left open are charged
-3. HTTP client for the upstreams; keys that are not fixed are fetched in the background
-4. listeners: from now on the process serves
-5. maintenance jobs
+1. ledger: the database is migrated, and calls that a dead process left open are charged
+2. HTTP client for the upstreams; keys that are not fixed are fetched in the background
+3. listeners: from now on the process serves
+4. maintenance jobs
 
 They are stopped so that calls which a load balancer still sends are not refused, and calls that can still end by
 themselves are not cut off:
@@ -64,7 +63,6 @@ from proxy.ledger.rollup import Rollup
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Store, StoreUnavailable, shown_url
 from proxy.metrics import Metrics
-from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks, first_of
 from proxy.upstreams.client import Upstreams
 from proxy.web.admin.access import Access
@@ -211,7 +209,7 @@ class Server:
         )
         self.policies = Policies(
             config,
-            load=self._load_with_tokenizers,
+            load=self._load_config,
             build=partial(Snapshot.of, directory=self.directory, now=now, on_ignored_headers=self.metrics.ignored),
             changes=changes,
             metrics=self.metrics,
@@ -298,7 +296,6 @@ class Server:
 
     async def start(self) -> None:
         """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
-        self._tokenizers.load(_encodings_of(self.policies.current.catalog))
         await self.ledger.start(self._inherited.dead)
         await self._poll_directory()
         await self.gauges.measure_process()
@@ -473,10 +470,9 @@ class Server:
         """Begin to fetch the upstreams' keys that are due. Nothing waits for them: an issuer may be down."""
         self.upstreams.credentials.refresh(self.policies.current.catalog.upstreams.values())
 
-    def _load_with_tokenizers(self) -> Config:
-        """Load the config, and the tokenizers that its models need."""
+    def _load_config(self) -> Config:
+        """Load the config, and apply the format of the log."""
         config = self._load()
-        self._tokenizers.load(_encodings_of(config.catalog))
         logs.set_format(config.log.format)
         return config
 
@@ -511,14 +507,6 @@ class Server:
         if self._is_retiring or self.health.is_stopping:
             response.force_close()
             response.headers["connection"] = "close"  # the library sets its headers before it sends this signal
-
-
-def _encodings_of(catalog: Catalog) -> set[str]:
-    """The encodings of all listed models, and the two most common ones if clients may name other models."""
-    models = catalog.models or {}
-    common = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    targets = (target for name in catalog.names for target in models[name].targets)
-    return {*common, *(Tokenizers.encoding_of(target).name for target in targets)}
 
 
 async def serve(

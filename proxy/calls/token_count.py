@@ -59,6 +59,8 @@ class TokenCount:
         self._tokenizers = tokenizers
         self._model = model
         self._encoding = tokenizers.encoding_of(model)
+        if self.demand.grows:
+            tokenizers.begin_loading(self._encoding.name)
         self._prompt = prompt
         self._texts: Sequence[str] | None = prompt.texts  # None once they are counted
         self._text_tokens: int | None = None

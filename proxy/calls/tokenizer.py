@@ -4,6 +4,9 @@ Nothing is ever downloaded. Tiktoken's own loader would fetch a missing table du
 are read once, from tiktoken's cache or from the wheel `bpe-openai`, and used only if they have the hash that tiktoken
 expects. A missing table is logged once, and tokens are estimated by bytes.
 
+A table takes 25 to 50 MB, and 0.2 s to read. So it is read when a call first needs it, in a thread: whatever counts
+with it waits for that. Most calls never need one.
+
 Texts are counted as plain text: `<|endoftext|>` in a message is seven tokens, because its sender can only have meant
 the text. Long texts are cut into slices, because a long one would block the interpreter or overflow the library's
 stack. Each cut may change the count by one or two tokens.
@@ -16,6 +19,7 @@ import hashlib
 import importlib.util
 import re
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,12 +86,15 @@ def table_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 class Tokenizers:
-    """Counts tokens with the encodings that were loaded. It belongs to one event loop, except for `load`."""
+    """Counts tokens, and loads the encodings for that. It belongs to one event loop, except for `load`."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
+        importlib.import_module("tiktoken.model")  # for `encoding_of`; not during a call, because it is slow
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
         self._missing: set[str] = set()  # the encodings without a table
+        self._loading = threading.Lock()
+        self._begun: set[str] = set()  # the encodings of `begin_loading`
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokens")
         self._waiting_characters = 0
         self._is_closed = False
@@ -98,7 +105,7 @@ class Tokenizers:
 
         A prefix up to the last slash is ignored: `openai/gpt-oss-20b` is `gpt-oss-20b` to tiktoken.
         """
-        from tiktoken.model import encoding_name_for_model  # imported at the first use, which is at the start
+        from tiktoken.model import encoding_name_for_model  # not at the top, because only servers need it
 
         if model.encoding is not None:
             return Encoding(model.encoding, is_guess=False)
@@ -108,35 +115,45 @@ class Tokenizers:
             return Encoding(_FALLBACK_ENCODING, is_guess=True)
 
     def load(self, encodings: Iterable[str]) -> None:
-        """Read the tables of these encodings, except those that are loaded already.
+        """Read the tables of these encodings, except those that were read already. Waits for another thread's `load`.
 
-        Each takes 25 to 50 MB and blocks for 0.2 s, so this belongs before the first call. In a thread of a process
-        that serves calls it would still block all of them for 0.1 s.
+        In a thread it still blocks the event loop for 0.1 s.
         """
         for name in dict.fromkeys(_SAME_TABLE.get(encoding, encoding) for encoding in encodings):
-            if self.is_loaded(name) or name in self._missing:
-                continue
-            try:
-                self._encoders[name] = _build_encoder(name, self._folders)
-            except LookupError:
-                self._missing.add(name)
-                log.warning(
-                    "no table for this tokenizer: its tokens are estimated by bytes",
-                    encoding=name,
-                    remedy="pip install '.[offline]' in a clone (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
-                )
+            with self._loading:
+                if self._is_read(name):
+                    continue
+                try:
+                    self._encoders[name] = _build_encoder(name, self._folders)
+                except LookupError:
+                    self._missing.add(name)
+                    log.warning(
+                        "no table for this tokenizer: its tokens are estimated by bytes",
+                        encoding=name,
+                        remedy="pip install '.[offline]' in a clone (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
+                    )
+
+    def begin_loading(self, encoding: str) -> None:
+        """Begin to read its table in a thread, for an answer that may have to be counted while it streams."""
+        if encoding not in self._begun and not self._is_closed:
+            self._begun.add(encoding)
+            self._pool.submit(self.load, [encoding])
 
     def is_loaded(self, encoding: str) -> bool:
         """Whether this encoding's table is loaded, so that its counts are exact and not estimated by bytes."""
         return _SAME_TABLE.get(encoding, encoding) in self._encoders
 
     def count(self, text: str, encoding: str) -> int:
-        """The tokens of a short text, counted on the event loop. Never raises, never takes long.
+        """The tokens of a short text, counted on the event loop. Never raises, and never takes long with a table.
 
+        Without, it waits until the table is read, so `begin_loading` should come long before.
         Of a text longer than 4,096 characters only the first 4,096 are counted, and the rest is taken to have as many
         tokens per character. Without a table, four bytes count as one token.
         """
-        encode = self._encoder_for(encoding)
+        name = _SAME_TABLE.get(encoding, encoding)
+        if not self._is_read(name):
+            self.load([name])
+        encode = self._encoders.get(name)
         if encode is None:
             return -(-len(_utf8(text)) // BYTES_PER_TOKEN)
         tokens = tokens_in(text[:_INLINE_CHARACTERS], encode)
@@ -152,7 +169,10 @@ class Tokenizers:
         None if there is no table, the texts are too long, too much is waiting, or it takes longer than `timeout_s`.
         The caller then falls back to the number of bytes, which is never smaller than the number of tokens.
         """
-        encode = self._encoder_for(encoding)
+        name = _SAME_TABLE.get(encoding, encoding)
+        if not self._is_read(name) and not self._is_closed:
+            await asyncio.get_running_loop().run_in_executor(self._pool, self.load, [name])
+        encode = self._encoders.get(name)
         if encode is None or len(texts) > TEXTS_MAX:
             return None
         characters = sum(map(len, texts))
@@ -173,8 +193,8 @@ class Tokenizers:
         self._is_closed = True
         self._pool.shutdown(wait=False)
 
-    def _encoder_for(self, encoding: str) -> Encode | None:
-        return self._encoders.get(_SAME_TABLE.get(encoding, encoding))
+    def _is_read(self, name: str) -> bool:
+        return name in self._encoders or name in self._missing
 
     async def _count_in_slices(self, texts: Sequence[str], encode: Encode) -> int | None:
         """Count slice by slice, and queue for a thread again for each slice.

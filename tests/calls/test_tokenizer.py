@@ -381,6 +381,27 @@ async def test_without_a_table_four_bytes_count_as_one_token(encoding: str):
     tokens.close()
 
 
+async def test_a_table_is_read_when_a_count_first_needs_it():
+    """Not before: it takes 25 to 50 MB, and most calls never count."""
+    for need in ("count", "count_all", "begin_loading"):
+        tokens = Tokenizers(FOLDERS)
+        assert not tokens.is_loaded("cl100k_base")
+        if need == "count":
+            assert tokens.count("Hello world", "cl100k_base") == 2
+        elif need == "count_all":
+            assert (
+                await asyncio.gather(*(tokens.count_all(["Hello world"], "cl100k_base") for _ in range(3))) == [2] * 3
+            )
+        else:
+            tokens.begin_loading("cl100k_base")
+            tokens.begin_loading("cl100k_base")
+            assert tokens.count("Hello world", "cl100k_base") == 2  # waits for the thread
+        assert tokens.is_loaded("cl100k_base")
+        assert not tokens.is_loaded("o200k_base")
+        tokens.close()
+        tokens.begin_loading("o200k_base")  # nothing is begun any more
+
+
 def damaged(tmp_path: Path, kind: str) -> Path:
     """A folder with a file that has a table's name but not its content."""
     table = table_of("cl100k_base")
