@@ -4,12 +4,16 @@ The values of labels come only from closed lists: endpoints, outcomes, and the n
 upstreams in the policy. A model name that a client made up is counted as `other`, so a client can't create a time
 series.
 
+A call adds to plain dictionaries (`Counts.new`), which are handed to the library when somebody asks for the metrics.
+
 With several workers, each counts in files of one folder, and the worker that answers `/metrics` adds them up. The
 library decides about that when it is imported, by the environment variable PROMETHEUS_MULTIPROC_DIR, which the parent
-sets for its workers. What every worker knows alike is not in these files: the one that answers states it (`_Known`).
+sets for its workers. So workers hand over at the end of each request, see `publish`. What every worker knows alike is
+not in these files: the one that answers states it (`_Known`).
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from glob import glob
 from typing import Generic, Literal, TypeVar
@@ -59,13 +63,31 @@ class Series(Generic[Kind]):
     def labels(self, *values: object) -> Kind:
         """The series with these values, in the order of the metric's labels.
 
-        The library's own `labels` takes 1 µs each time. This takes 0.1 µs for a series that exists, and a call counts
-        in about ten of them.
+        The library's own `labels` takes 1 µs each time. This takes 0.1 µs for a series that exists.
         """
         found = self._found.get(values)
         if found is None:
             found = self._found[values] = self._metric.labels(*values)
         return found
+
+
+class Counts(Series[Counter]):
+    """The series of one counter. What was counted since the last `flush` is in `new`, by the values of the labels.
+
+    `counts.new["chat", 200] += 1` takes a tenth of the time of the library's own `inc`.
+    """
+
+    __slots__ = ("new",)
+
+    def __init__(self, metric: Counter) -> None:
+        super().__init__(metric)
+        self.new: defaultdict[tuple[object, ...], int] = defaultdict(int)
+
+    def flush(self) -> None:
+        """Hand to the library what is new."""
+        for values, number in self.new.items():
+            self.labels(*values).inc(number)
+        self.new.clear()
 
 
 class Metrics:
@@ -75,6 +97,7 @@ class Metrics:
         # Without this, each series of a counter or histogram has a second one with the time of its creation.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._folder = folder
+        self._counts: list[Counts] = []
         self._registry = self._exposed = CollectorRegistry()
         if folder is not None:
             # A second registry, which reads the files of all workers and has none of this process's own objects.
@@ -214,7 +237,7 @@ class Metrics:
             "kind",
         )
         for kind in LEDGER_FAILURES:
-            self.ledger_failures.labels(kind)  # from 0 on, so that the first failure is an increase
+            self.ledger_failures.new[kind,] = 0  # from 0 on, so that the first failure is an increase
         self.ledger_healthy = self._gauge(
             "llm_quota_ledger_healthy", "1 if the database could be used when it was last asked, else 0", "livemin"
         )
@@ -268,8 +291,10 @@ class Metrics:
             "livemax",
         )
 
-    def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
-        return Series(Counter(name, text, labels, registry=self._registry))
+    def _counter(self, name: str, text: str, *labels: str) -> Counts:
+        counts = Counts(Counter(name, text, labels, registry=self._registry))
+        self._counts.append(counts)
+        return counts
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Series[Histogram]:
         return Series(Histogram(name, text, labels, buckets=buckets, registry=self._registry))
@@ -283,19 +308,19 @@ class Metrics:
 
     def key_fetched(self, upstream: str, outcome: str) -> None:
         """Count an attempt to fetch the key of an upstream. `outcome` is fetched or failed."""
-        self.token_fetches.labels(upstream, outcome).inc()
+        self.token_fetches.new[upstream, outcome] += 1
 
     def ignored(self, reason: str) -> None:
         """Count a request whose identity headers did not count. `reason` is other_key or other_address."""
-        self.ignored_headers.labels(reason).inc()
+        self.ignored_headers.new[reason,] += 1
 
     def refused(self, quota: str, verdict: str, *, model: str) -> None:
         """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never.
 
         `model` has to come from a closed list.
         """
-        self.refusals.labels(quota, verdict).inc()
-        self.group_refusals.labels(quota.partition("/")[0], model, quota, verdict).inc()
+        self.refusals.new[quota, verdict] += 1
+        self.group_refusals.new[quota.partition("/")[0], model, quota, verdict] += 1
 
     def ended(
         self, *, endpoint: str, group: str, model: str, outcome: str | None, would_refuse: Iterable[str]
@@ -305,20 +330,20 @@ class Metrics:
         `group` admitted it, and `model` has to come from a closed list. `would_refuse` has the ids of the quotas with
         `enforce: shadow` that would have refused the call.
         """
-        self.calls.labels(endpoint, model, outcome).inc()
-        self.group_calls.labels(group, model, outcome).inc()
+        self.calls.new[endpoint, model, outcome] += 1
+        self.group_calls.new[group, model, outcome] += 1
         for quota_id in would_refuse:
-            self.shadow_refusals.labels(quota_id).inc()
+            self.shadow_refusals.new[quota_id,] += 1
 
     def charged(
         self, *, group: str, model: str, input_tokens: int, output_tokens: int, provenance: str, hidden: int
     ) -> None:
         """Count the tokens that a call was charged. `hidden` of them were beyond its reservation."""
-        self.tokens.labels(model, "input", provenance).inc(input_tokens)
-        self.tokens.labels(model, "output", provenance).inc(output_tokens)
-        self.group_tokens.labels(group, model, "input").inc(input_tokens)
-        self.group_tokens.labels(group, model, "output").inc(output_tokens)
-        self.hidden.labels(model).inc(hidden)
+        self.tokens.new[model, "input", provenance] += input_tokens
+        self.tokens.new[model, "output", provenance] += output_tokens
+        self.group_tokens.new[group, model, "input"] += input_tokens
+        self.group_tokens.new[group, model, "output"] += output_tokens
+        self.hidden.new[model,] += hidden
 
     def answered(self, upstream: str, model: str, *, is_stated: bool, counted: tuple[int, int] | None) -> None:
         """Count a complete answer that generated tokens. `is_stated`: the upstream has stated its usage.
@@ -326,11 +351,11 @@ class Metrics:
         `counted` is its output by the proxy's count and by the upstream's, where both are known.
         """
         if not is_stated:
-            self.unstated.labels(upstream, model).inc()
+            self.unstated.new[upstream, model] += 1
         if counted is not None:
             ours, theirs = counted
-            self.compared.labels(upstream, model, "proxy").inc(ours)
-            self.compared.labels(upstream, model, "upstream").inc(theirs)
+            self.compared.new[upstream, model, "proxy"] += ours
+            self.compared.new[upstream, model, "upstream"] += theirs
 
     def set_upstream_load(self, upstream: str, *, in_flight: int, waiting: int) -> None:
         """Note how many calls an upstream has, and how many wait for a slot of it."""
@@ -339,11 +364,11 @@ class Metrics:
 
     def unauthorized(self, reason: str) -> None:
         """Count a request without a valid key. `reason` has to come from a closed list."""
-        self.unauthorized_requests.labels(reason).inc()
+        self.unauthorized_requests.new[reason,] += 1
 
     def ledger_failed(self, kind: LedgerFailure) -> None:
         """Count a failure of the ledger."""
-        self.ledger_failures.labels(kind).inc()
+        self.ledger_failures.new[kind,] += 1
 
     def set_cooldowns(self, upstreams: Collection[str], *, in_cooldown: Collection[str]) -> None:
         """Note which of the configured upstreams are in cooldown."""
@@ -381,9 +406,20 @@ class Metrics:
         """
         self._known.pots, self._known.members = pots or {}, members or {}
 
+    def publish(self) -> None:
+        """Show other workers what this one has counted. Does nothing without workers."""
+        if self._folder is not None:
+            self._flush()
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        self._flush()
         return generate_latest(self._exposed)
+
+    def _flush(self) -> None:
+        for counts in self._counts:
+            if counts.new:
+                counts.flush()
 
 
 class _Known(Collector):

@@ -70,7 +70,7 @@ def test_identity_headers_that_do_not_count_are_counted() -> None:
 def test_attempts_are_counted_by_upstream() -> None:
     """There are more attempts than calls, if one upstream fails and another takes the call."""
     metrics = Metrics()
-    metrics.attempts.labels("box", "limited").inc()
+    metrics.attempts.new["box", "limited"] += 1
     assert 'llm_quota_tries_total{outcome="limited",upstream="box"} 1.0' in metrics.exposition().decode()
 
 

@@ -91,13 +91,17 @@ class Responder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call. `model` is the model at the first upstream, or at the one that this attempt goes to."""
+    """One call. `model` is the model at the first upstream, or at the one that this attempt goes to.
+
+    `is_listed`: the catalog lists the model by this very name, so that the name is none that a client made up.
+    """
 
     request: Request
     caller: Caller
     policy: Policy
     catalog: Catalog
     model: Model
+    is_listed: bool
     binding: Binding
     client: Responder
     wait_s: float
@@ -113,7 +117,7 @@ class Call:
 
         It is a label of metrics, and a client that made names up could otherwise create any number of time series.
         """
-        return self.model.name if self.catalog.lists(self.model.name) else "other"
+        return self.model.name if self.is_listed else "other"
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
@@ -330,7 +334,8 @@ def prepare_call(
     model = catalog.model(request.model)
     if model is None or not snapshot.may_use(caller, model.matched_name):
         raise no_such_model(request.model)
-    if not catalog.lists(model.name):
+    is_listed = catalog.lists(model.name)
+    if not is_listed:
         check_model_name(request.model)
     _check_surface(request, model)
     negative = negative_maxima(request.endpoint, request.body.document)
@@ -349,6 +354,7 @@ def prepare_call(
         policy=policy,
         catalog=catalog,
         model=model,
+        is_listed=is_listed,
         binding=bound.for_user(caller.user),
         client=client,
         wait_s=_wait_s(client, policy),

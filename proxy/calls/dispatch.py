@@ -487,7 +487,7 @@ class Dispatcher:
 
     def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
         name, id = candidate.upstream.name, candidate.call.client.id
-        self.metrics.attempts.labels(name, outcome).inc()
+        self.metrics.attempts.new[name, outcome] += 1
         log.debug("attempt", upstream=name, outcome=outcome, request=id)
         if outcome not in ("answered", "rejected"):
             candidate.call.client.line.mark_failed(name)

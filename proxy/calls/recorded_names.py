@@ -35,7 +35,7 @@ class RecordedNames:
     def name_of(self, call: Call, now: int) -> str:
         """The model's name in the record of a call that begins at `now` (ms)."""
         name = call.model.name
-        if call.catalog.lists(name):
+        if call.is_listed:
             return name
         if now // _DAY_MS != self._day:
             self._day, self._names, self._count = now // _DAY_MS, {}, 0

@@ -190,7 +190,7 @@ class Relay:
         line.upstream = None if reservation.target is None else reservation.target.upstream.name
         line.held_tokens, line.would_refuse = entry.hold.tokens, entry.would_refuse
         # Of an unlisted model the name at the upstream is what the client wrote.
-        if reservation.target is not None and call.catalog.lists(call.model.name):
+        if reservation.target is not None and call.is_listed:
             line.upstream_model = reservation.target.upstream_model
         self._activity.ended(entry.id, reservation.outcome, usage)
         self.metrics.ended(

@@ -85,6 +85,7 @@ class Tokenizers:
     """Counts tokens, with tables that are read when they are needed. It belongs to one event loop but for `load`."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
+        importlib.import_module("tiktoken.model")  # for `encoding_of`; not during a call, because it is slow
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
         self._missing: set[str] = set()  # the encodings without a table
@@ -99,7 +100,7 @@ class Tokenizers:
 
         A prefix up to the last slash is ignored: `openai/gpt-oss-20b` is `gpt-oss-20b` to tiktoken.
         """
-        from tiktoken.model import encoding_name_for_model  # imported at the first use, which is at the start
+        from tiktoken.model import encoding_name_for_model  # not at the top, because only servers need it
 
         if model.encoding is not None:
             return Encoding(model.encoding, is_guess=False)

@@ -245,7 +245,7 @@ class Catalog:
     def model(self, name: str) -> Model | None:
         """The model that a client means by `name`; None if the list is closed and does not contain it."""
         listed = (self.models or {}).get(name)
-        if listed is not None and self.lists(name):
+        if listed is not None and name != "*":
             return listed
         # A client may ask for a model that is called "*". It gets what any unlisted name gets, not the entry itself.
         anything = (self.models or {}).get("*")

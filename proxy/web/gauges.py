@@ -69,6 +69,7 @@ class Gauges:
         dropped = max(self._dropped, lines_dropped())
         metrics.log_lines_dropped.inc(dropped - self._dropped)
         self._dropped = dropped
+        metrics.publish()
 
     async def _measure_loop(self) -> None:
         # The job is run _LOOP_EVERY_S after it last ended. What it took longer is how late the loop was.

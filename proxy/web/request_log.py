@@ -94,6 +94,7 @@ class RequestLog:
         """
         if is_counted:
             self._measure(line, status)
+        self._metrics.publish()
         setting = self._logged_calls()
         if setting == "none" or (setting == "refusals" and line.error is None):
             return
@@ -106,7 +107,7 @@ class RequestLog:
 
     def _measure(self, line: LogLine, status: int) -> None:
         metrics = self._metrics
-        metrics.requests.labels(line.endpoint if line.is_served else _OTHER_PATHS, status).inc()
+        metrics.requests.new[line.endpoint if line.is_served else _OTHER_PATHS, status] += 1
         if not line.is_call:
             return
         ended_s = self._clock()
