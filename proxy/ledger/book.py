@@ -16,7 +16,7 @@ This module is pure: no I/O and no clock.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State
 from proxy.policy.admission import (
@@ -245,13 +245,17 @@ class Book:
                 self._put_counter(key, counter)
 
     def _extend(self, operation: Extend) -> Reply:
-        before = self.entries.get(operation.id)
-        if before is None:
+        entry = self.entries.get(operation.id)
+        if entry is None:
             return Unknown(operation.id)
-        if before.state != "open":
-            return self._accepted(before, _keys(before))
+        if entry.state != "open":
+            return self._accepted(entry, _keys(entry))
         # The input is lowered first: what it frees is room for the output of the same call.
-        entry = self._lower_input(before, max(0, before.hold.input - operation.input))
+        lowered = max(0, entry.hold.input - operation.input)
+        held_amounts = self._lower_input(entry.held_amounts, lowered) if lowered else [*entry.held_amounts]
+        freed = {
+            held.key for held, before in zip(held_amounts, entry.held_amounts, strict=True) if held is not before
+        }
         binding = operation.binding.at(self._now)
         at = {quota.id: self._counter_of_call(key, quota) for key, quota in _held_quotas(entry, binding).items()}
         increase = increase_hold(
@@ -259,58 +263,61 @@ class Book:
             max(0, operation.least - entry.hold.output),
             binding,
             admitted_via=entry.admitted_via,
-            own={quota_id: _held_in_window(entry, quota_id, counter) for quota_id, counter in at.items()},
+            own={quota_id: _held_in_window(held_amounts, quota_id, counter) for quota_id, counter in at.items()},
             current=at,
         )
-        freed = {
-            held.key
-            for held, held_before in zip(entry.held_amounts, before.held_amounts, strict=True)
-            if held != held_before
-        }
-        freed.update(quota.key_for(binding.user) for quota in increase.not_increased)
-        entry = self._raise_output(self._free_not_increased(entry, increase), increase)
-        self._put_entry(entry)
-        return self._accepted(entry, _keys(entry), verdict=increase.verdict, freed=frozenset(freed))
-
-    def _lower_input(self, entry: Entry, tokens: int) -> Entry:
-        """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
-        hold = entry.hold - Amount(input=tokens)
-        held_amounts = (
-            self._change_held(held, Amount(-min(tokens, held.amount.input))) for held in entry.held_amounts
+        if increase.not_increased:
+            held_amounts = self._free_not_increased(held_amounts, increase)
+            freed.update(quota.key_for(binding.user) for quota in increase.not_increased)
+        self._raise_output(held_amounts, increase)
+        extended = Entry(
+            entry.id,
+            entry.owner,
+            entry.labels,
+            entry.admitted_via,
+            entry.reserved_at,
+            entry.hold + Amount(-lowered, increase.output),
+            entry.maximum,
+            tuple(held_amounts),
+            entry.capped_by,
+            entry.would_refuse,
         )
-        return replace(entry, hold=hold, held_amounts=tuple(held_amounts))
+        self._put_entry(extended)
+        return self._accepted(extended, _keys(extended), verdict=increase.verdict, freed=frozenset(freed))
 
-    def _free_not_increased(self, entry: Entry, increase: HoldIncrease) -> Entry:
+    def _lower_input(self, held_amounts: Sequence[HeldAmount], tokens: int) -> list[HeldAmount]:
+        """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
+        return [self._change_held(held, Amount(-min(tokens, held.amount.input))) for held in held_amounts]
+
+    def _free_not_increased(self, held_amounts: Sequence[HeldAmount], increase: HoldIncrease) -> list[HeldAmount]:
         """Free what is held of the quotas that cannot carry the increase and that did not admit the call."""
         ids = {quota.id for quota in increase.not_increased}
         kept = []
-        for held in entry.held_amounts:
+        for held in held_amounts:
             if held.key[1] in ids:
                 self._change_held(held, NO_AMOUNT - held.amount)
             else:
                 kept.append(held)
-        return replace(entry, held_amounts=tuple(kept))
+        return kept
 
-    def _raise_output(self, entry: Entry, increase: HoldIncrease) -> Entry:
+    def _raise_output(self, held_amounts: list[HeldAmount], increase: HoldIncrease) -> None:
         """Hold more output, of each counter in the window that is open now."""
-        held_amounts = list(entry.held_amounts)
+        windows = {(held.key, held.opened_at): index for index, held in enumerate(held_amounts)}
         for hold in increase.holds:
-            key, opened_at = hold.key, hold.counter.window.opened_at
-            windows = [(held.key, held.opened_at) for held in held_amounts]
-            if (key, opened_at) in windows:
-                index = windows.index((key, opened_at))
+            opened_at = hold.counter.window.opened_at
+            index = windows.get((hold.key, opened_at))
+            if index is not None:
                 held_amounts[index] = self._change_held(held_amounts[index], hold.amount)
             elif hold.amount:  # an increase of 0 must not open the next window
-                self._put_counter(key, _with_hold(hold))
-                held_amounts.append(HeldAmount(key, opened_at, hold.amount))
-        total = entry.hold + Amount(output=increase.output)
-        return replace(entry, hold=total, held_amounts=tuple(held_amounts))
+                self._put_counter(hold.key, _with_hold(hold))
+                held_amounts.append(HeldAmount(hold.key, opened_at, hold.amount))
 
     def _change_held(self, held: HeldAmount, change: Amount) -> HeldAmount:
         """Raise or lower a held amount, and its counter too, unless that window has closed."""
-        if change:
-            self._change_counter(held, freed=NO_AMOUNT - change)
-        return held._replace(amount=held.amount + change)
+        if not change:
+            return held
+        self._change_counter(held, freed=NO_AMOUNT - change)
+        return HeldAmount(held.key, held.opened_at, held.amount + change)
 
     def _end(
         self, operation: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome
@@ -494,7 +501,7 @@ def _held_quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
     return {key: quota for quota in binding.quotas if (key := quota.key_for(binding.user)) in held}
 
 
-def _held_in_window(entry: Entry, quota_id: str, counter: Counter) -> Amount:
+def _held_in_window(held_amounts: Sequence[HeldAmount], quota_id: str, counter: Counter) -> Amount:
     """What the call itself holds of a counter in the window that is open now."""
     window = (quota_id, counter.window.opened_at)
-    return sum((held.amount for held in entry.held_amounts if (held.key[1], held.opened_at) == window), NO_AMOUNT)
+    return sum((held.amount for held in held_amounts if (held.key[1], held.opened_at) == window), NO_AMOUNT)
