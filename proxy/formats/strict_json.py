@@ -185,6 +185,25 @@ def walk(value: object, members: Callable[[dict[str, Any]], Iterable[object]] = 
             pending += reversed([*members(value)])
 
 
+def refuse_equal_keys(body: bytes | bytearray) -> None:
+    """Raise InvalidRequest if a key appears twice in an object of this JSON, which `parse_object` has read.
+
+    For the administration: a mistake in what is stored should not be corrected in silence.
+    """
+    try:
+        json.loads(body, object_pairs_hook=_object_without_equal_keys)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {_reason(error)}.", code="invalid_json") from None
+
+
+def _object_without_equal_keys(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f'the key "{key[:80]}" appears twice')
+        seen.add(key)
+
+
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):  # 1e999 became infinity, which can't be written as JSON again

@@ -19,6 +19,7 @@ from proxy.formats.strict_json import (
     parse_exactly,
     parse_object,
     reading_cost,
+    refuse_equal_keys,
     walk,
 )
 
@@ -109,6 +110,18 @@ def test_of_equal_keys_the_last_counts_and_is_written(body: bytes, key: bytes) -
     assert value == parse_exactly(both) == json.loads(both)
     assert dump(value).count(b'":2') == 1
     assert b'":1' not in dump(value)
+
+
+@pytest.mark.parametrize("body", [b'{"%b":1,"%b":2}', b'{"messages":[{"c":{"%b":1,"x":0,"%b":1}}]}'])
+@pytest.mark.parametrize("key", [b"model", b"digits", b"", b"\\u00e9", b"\\ud800", b"a\\nb"])
+def test_the_administration_refuses_equal_keys_at_any_depth(body: bytes, key: bytes) -> None:
+    """Also with equal values. The same key may be in two objects."""
+    with pytest.raises(InvalidRequest, match="appears twice"):
+        refuse_equal_keys(body % (key, key))
+    with pytest.raises(InvalidRequest, match="appears twice") as caught:
+        refuse_equal_keys(b'{"model":"a","\\u006dodel":"b"}')
+    assert caught.value.code == "invalid_json"
+    refuse_equal_keys(b'{"model":"m","messages":[{"role":"user"},{"role":"user"}],"tools":{"model":{"model":1}}}')
 
 
 def test_equal_keys_are_found_behind_an_escape() -> None:

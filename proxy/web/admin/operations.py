@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from proxy.administration.change import Author, Changes, Conditions
 from proxy.administration.pages import LIMIT, LIMIT_MAX, Paging
 from proxy.config.loader import ConnectionLimits
-from proxy.formats.strict_json import parse_object
+from proxy.formats.strict_json import parse_object, refuse_equal_keys
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.keys import NewKey
 from proxy.policy.admin import Admin, Role
@@ -303,8 +303,9 @@ class Operations:
                 data = await read_body(request, self._limits, share, bytes_max=operation.body_bytes_max)
             finally:
                 share.free()
-            parse_object(data, frozenset())  # which also refuses what pydantic's parser takes, such as NaN
-            _refuse_equal_keys(data)
+            # They refuse more than pydantic's parser: two spellings of a key, and equal keys.
+            parse_object(data, frozenset())
+            refuse_equal_keys(data)
         try:
             return operation.body.model_validate_json(bytes(data))
         except ValidationError as error:
