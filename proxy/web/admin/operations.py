@@ -18,7 +18,6 @@ a response that it has written itself. It raises what `administration` raises, a
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -343,21 +342,6 @@ def _query_of(operation: Operation, request: web.Request) -> Fields:
         return operation.query.model_validate_strings(dict(request.query))
     except ValidationError as error:
         raise invalid("bad-request", error) from None
-
-
-def _refuse_equal_keys(data: bytes | bytearray) -> None:
-    """Raise Problem if an object has a key twice: its author has certainly meant something else."""
-    try:
-        json.loads(data, object_pairs_hook=_members)
-    except RecursionError:
-        raise Problem("bad-request", "The body is nested too deeply.") from None
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise Problem("bad-request", "The body has a key twice in one object.")
-    return members
 
 
 def _conditions(operation: Operation, request: web.Request, query: Fields) -> Conditions:
