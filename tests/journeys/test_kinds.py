@@ -334,7 +334,7 @@ async def test_a_stream_of_each_kind_passes_through_the_proxy(recording: Recordi
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     try:
         async with stage(STAFF, folder=tmp_path, upstream=url, kind=recording.kind) as on:
-            reply = await on.post("/v1" + recording.endpoint.path, _request(recording.endpoint).document)
+            reply = await on.post("/v1" + recording.endpoint.path, _request(recording.endpoint).body.document)
             assert reply.body == recording.shown(len(recording.pieces))
             assert not private.keys() & {name.lower() for name in reply.headers}
             await on.all_settled()
