@@ -53,8 +53,9 @@ _ITEM_TEXT_MEMBERS = ("content", "summary", "arguments", "input", "text")
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
-# How much text of a stream is kept before it is counted, in bytes. To count so much takes 3 ms.
+# How much text of a stream is kept before it is counted, in bytes and in pieces. To count 1,024 words takes 1.5 ms.
 _KEPT_BYTES_MAX = 16_384
+_KEPT_PIECES_MAX = 1024
 
 
 class Ending(ABC):
@@ -380,7 +381,7 @@ class Meter(ABC):
         if texts:
             self._pieces.append(texts)
             self._pieces_bytes += sum(map(_bytes_at_most, texts))
-            if self._pieces_bytes > _KEPT_BYTES_MAX:
+            if self._pieces_bytes > _KEPT_BYTES_MAX or len(self._pieces) > _KEPT_PIECES_MAX:
                 self._count_pieces()
 
     def _count_pieces(self) -> None:

@@ -701,6 +701,16 @@ def test_long_texts_are_not_kept() -> None:
     assert (meter.output_at_most, meter.output_seen) == (17 + 3000, 20)
 
 
+def test_many_texts_are_not_kept() -> None:
+    """However short they are: they are counted without a pause, and other streams wait meanwhile."""
+    counted: list[str] = []
+    meter = meter_of(UNASKED, count=lambda text: counted.append(text) or 1, kind="openai")
+    for each in Splitter().feed(event(chunk("x")) * 1030):
+        meter.see_event(each)
+    assert len(counted) == 1025
+    assert (meter.output_at_most, meter.output_seen) == (1030, 1030)
+
+
 @given(
     steps=st.lists(
         st.tuples(
