@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from proxy.upstreams.client import Upstreams
+
 Serve = Callable[[dict[str, Any], asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -50,6 +52,18 @@ class BareUpstream:
         """Wait until no connection is open."""
         while self.open:
             await asyncio.wait({task for task in self.open if task})
+
+
+@asynccontextmanager
+async def opened() -> AsyncIterator[Upstreams]:
+    """The proxy's client for such servers, open."""
+    upstreams = Upstreams()
+    upstreams.open()
+    try:
+        yield upstreams
+    finally:
+        await upstreams.close()
+        await upstreams.close()  # closing twice does no harm
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ from proxy.formats.content_encoding import PIECE_BYTES
 from proxy.policy.catalog import Transport, Upstream
 from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
 from proxy.upstreams.sending import Route, why_unreachable
-from tests.bare_upstream import connections
+from tests.bare_upstream import connections, opened
 from tests.stage import until
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -40,20 +40,12 @@ async def _upstream(answer: bytes, *, repeat: int = 1) -> AsyncIterator[tuple[Up
         yield Upstream("up", f"http://127.0.0.1:{port}/v1", None), seen
 
 
-@asynccontextmanager
-async def _open() -> AsyncIterator[Upstreams]:
-    upstreams = Upstreams()
-    upstreams.open()
-    try:
-        yield upstreams
-    finally:
-        await upstreams.close()
-        await upstreams.close()  # closing twice does no harm
-
-
 async def test_an_answer_has_status_headers_and_body() -> None:
     """The request arrives at the upstream as it was given."""
-    async with _upstream(HEAD + b"Retry-After: 3\r\nContent-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+    async with (
+        _upstream(HEAD + b"Retry-After: 3\r\nContent-Length: 2\r\n\r\n{}") as (up, seen),
+        opened() as upstreams,
+    ):
         async with await upstreams.send(up, "/chat/completions", b'{"a":1}', {"x-title": "T"}) as answer:
             assert (answer.status, answer.retry_after, answer.is_event_stream) == (200, "3", False)
             assert await answer.read() == b"{}"
@@ -65,7 +57,7 @@ async def test_an_answer_has_status_headers_and_body() -> None:
 async def test_a_large_body_is_sent_completely() -> None:
     """Megabytes of images arrive at the upstream unchanged."""
     body = b"x" * (3 * 2**20)
-    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), opened() as upstreams:
         async with await upstreams.send(up, "/chat/completions", body, {}) as answer:
             await answer.read()
         assert seen[0].endswith(body)
@@ -73,7 +65,7 @@ async def test_a_large_body_is_sent_completely() -> None:
 
 async def test_the_reason_for_the_log_says_why_an_upstream_cannot_be_reached() -> None:
     """With the address, which the message for the client must not name."""
-    async with _open() as upstreams:
+    async with opened() as upstreams:
         for url, reason in (
             ("http://127.0.0.1:1", "127.0.0.1:1: Connection refused"),
             ("http://no-such-host.invalid", "no-such-host.invalid:80: the name of its host can't be resolved"),
@@ -106,7 +98,7 @@ async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
     for sent, reason in ((head, "status 302, to https://llm.example"), (plain, "status 200")):
         async with (
             _upstream(sent) as (up, _),
-            _open() as upstreams,
+            opened() as upstreams,
             await upstreams.send(up, "/chat/completions", b"{}", {}) as answer,
         ):
             assert answer.status_reason == reason
@@ -114,7 +106,7 @@ async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
 
 async def test_a_refused_connection_means_that_nothing_was_sent() -> None:
     """T38: such a call is provably free."""
-    async with _open() as upstreams:
+    async with opened() as upstreams:
         with pytest.raises(UpstreamError, match="can't be reached") as failed:
             async with await upstreams.send(Upstream("up", "http://127.0.0.1:1/v1", None), "/x", b"{}", {}):
                 raise AssertionError
@@ -129,7 +121,7 @@ async def test_a_refused_connection_means_that_nothing_was_sent() -> None:
 )
 async def test_an_answer_that_breaks_off_raises(answer: bytes) -> None:
     """A body that ends too early is an error, with a length and with chunks."""
-    async with _upstream(HEAD + answer) as (up, _), _open() as upstreams:
+    async with _upstream(HEAD + answer) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamError, match="broke off") as failed:
             async with await upstreams.send(up, "/x", b"{}", {}) as begun:
                 await begun.read()
@@ -140,7 +132,7 @@ async def test_an_answer_that_breaks_off_raises(answer: bytes) -> None:
 async def test_an_answer_that_leaves_its_encoding_says_so(packed: bytes) -> None:
     """The upstream did not break off: its administrator has to look for another mistake."""
     head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
-    async with _upstream(head + packed) as (up, _), _open() as upstreams:
+    async with _upstream(head + packed) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamError, match="not in the format that its Content-Encoding names, or its end"):
             async with await upstreams.send(up, "/x", b"{}", {}) as begun:
                 await begun.read()
@@ -152,7 +144,7 @@ async def test_redirects_are_not_followed() -> None:
         up,
         seen,
     ):
-        async with _open() as upstreams, await upstreams.send(up, "/x", b"{}", {}) as answer:
+        async with opened() as upstreams, await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert answer.status == 307
         assert len(seen) == 1
 
@@ -161,12 +153,12 @@ async def test_a_whole_answer_has_a_largest_size() -> None:
     """T42: an answer without end is cut off instead of filling the memory."""
     head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     piece = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
-    async with _upstream(head + piece, repeat=1) as (up, _), _open() as upstreams:
+    async with _upstream(head + piece, repeat=1) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamError):
             async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.read()
     endless = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (ANSWER_BYTES_MAX * 2)
-    async with _upstream(endless + b"x" * (ANSWER_BYTES_MAX + 2)) as (up, _), _open() as upstreams:
+    async with _upstream(endless + b"x" * (ANSWER_BYTES_MAX + 2)) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamError, match="larger than"):
             async with await upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.read()
@@ -175,7 +167,7 @@ async def test_a_whole_answer_has_a_largest_size() -> None:
 async def test_a_compressed_answer_is_bounded_after_decompression() -> None:
     """A bomb of 64 kB becomes more than an answer may have. It is unpacked piece by piece and given up there."""
     bomb = gzip.compress(bytes(ANSWER_BYTES_MAX + 1))
-    async with _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb) as (up, _), _open() as upstreams:
+    async with _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb) as (up, _), opened() as upstreams:
         async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert len(await anext(answer.chunks())) <= PIECE_BYTES
         with pytest.raises(UpstreamError, match="larger than"):
@@ -188,7 +180,7 @@ async def test_a_compressed_answer_leaves_others_their_turn() -> None:
     packed = gzip.compress(bytes(16 * PIECE_BYTES))
     async with (
         _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + packed) as (up, _),
-        _open() as upstreams,
+        opened() as upstreams,
         await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         turns = 0
@@ -210,7 +202,7 @@ async def test_a_compressed_transfer_is_decompressed_too() -> None:
     body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(packed), packed)
     async with (
         _upstream(HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + body) as (up, _),
-        _open() as upstreams,
+        opened() as upstreams,
         await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert await answer.read() == b"{}"
@@ -219,14 +211,14 @@ async def test_a_compressed_transfer_is_decompressed_too() -> None:
 async def test_an_answer_in_an_unknown_encoding_counts_as_not_sent() -> None:
     """Nobody can read it. The status of an error is enough without its body."""
     body = b"Content-Encoding: lzma\r\nContent-Length: 2\r\n\r\nxx"
-    async with _upstream(HEAD + body) as (up, _), _open() as upstreams:
+    async with _upstream(HEAD + body) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamUnreadable, match="compressed") as failed:
             async with await upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
         assert failed.value.was_sent is False
     async with (
         _upstream(HEAD.replace(b"200", b"400") + body) as (up, _),
-        _open() as upstreams,
+        opened() as upstreams,
         await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert (answer.status, await answer.error_body()) == (400, b"")
@@ -239,7 +231,7 @@ async def test_blank_lines_do_not_keep_an_answer_undecided_for_ever() -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\n" % content_type
         async with (
             _upstream(head + blank) as (up, _),
-            _open() as upstreams,
+            opened() as upstreams,
             await upstreams.send(up, "/x", b"{}", {}) as answer,
         ):
             assert await answer.carries_events() is is_stream
@@ -249,7 +241,7 @@ async def test_blank_lines_do_not_keep_an_answer_undecided_for_ever() -> None:
 async def test_a_cookie_of_an_upstream_is_not_sent_with_the_next_call() -> None:
     """T44: it may be another user's. The upstream has a name, because the library keeps no cookies of bare IPs."""
     cookies = b"Connection: close\r\nSet-Cookie: user=ann; Path=/\r\nSet-Cookie: __cf_bm=x\r\n"
-    async with _upstream(HEAD + cookies + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+    async with _upstream(HEAD + cookies + b"Content-Length: 2\r\n\r\n{}") as (up, seen), opened() as upstreams:
         named = replace(up, base_url=up.base_url.replace("127.0.0.1", "localhost"))
         for _ in range(2):
             async with await upstreams.send(named, "/x", b"{}", {}) as answer:
@@ -260,7 +252,7 @@ async def test_a_cookie_of_an_upstream_is_not_sent_with_the_next_call() -> None:
 
 async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:
     """T49: the upstream had the whole request, so it may have run although no answer came."""
-    async with _upstream(b"") as (up, seen), _open() as upstreams:
+    async with _upstream(b"") as (up, seen), opened() as upstreams:
         with pytest.raises(UpstreamError, match="without an answer") as failed:
             async with await upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
@@ -278,7 +270,7 @@ async def test_the_body_of_an_error_is_read_within_bounds() -> None:
     head = b"HTTP/1.1 503 X\r\nContent-Length: 4000000\r\n\r\n"
     async with (
         _upstream(head + b"{") as (up, _),
-        _open() as upstreams,
+        opened() as upstreams,
         await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert await answer.error_body() == b"{"
@@ -286,7 +278,7 @@ async def test_the_body_of_an_error_is_read_within_bounds() -> None:
     endless = head + b"x" * 3_000_000
     async with (
         _upstream(endless) as (up, _),
-        _open() as upstreams,
+        opened() as upstreams,
         await upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
         assert 2**20 < len(await answer.error_body()) < 2**21
@@ -316,7 +308,7 @@ async def test_a_second_answer_is_not_taken_for_that_of_the_next_call(together: 
         await reader.read()
         writer.close()
 
-    async with connections(serve) as port, _open() as upstreams:
+    async with connections(serve) as port, opened() as upstreams:
         up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
         async with await upstreams.send(up, "/x", b"{}", {}) as answer:
             assert await answer.read() == b"1"
@@ -378,7 +370,7 @@ async def test_an_answer_may_take_longer_than_a_silence() -> None:
 async def test_a_status_that_is_no_number_of_three_digits_is_no_answer(status: bytes) -> None:
     """Its call may have run, so it is not sent again."""
     answer = b"HTTP/1.1 %b X\r\nContent-Length: 2\r\n\r\n{}" % status
-    async with _upstream(answer) as (up, _), _open() as upstreams:
+    async with _upstream(answer) as (up, _), opened() as upstreams:
         with pytest.raises(UpstreamError) as caught:
             async with await upstreams.send(up, "/chat/completions", b"{}", {}):
                 pass
@@ -387,7 +379,7 @@ async def test_a_status_that_is_no_number_of_three_digits_is_no_answer(status: b
 
 async def test_an_upstream_does_not_learn_which_library_asks() -> None:
     """A client's own name is sent, and ours if it has none."""
-    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), opened() as upstreams:
         for headers in ({}, {"user-agent": "curl/8"}):
             async with await upstreams.send(up, "/models", b"", headers, method="GET") as answer:
                 assert answer.status == 200

@@ -17,6 +17,7 @@ from yarl import URL
 
 from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams import sending
+from tests.library import gone, unlisted
 
 # The minor version of aiohttp in which every sentence of INTERNALS was checked.
 CHECKED = "3.14"
@@ -105,9 +106,7 @@ async def test_aiohttp_has_every_internal_that_the_client_uses() -> None:
 
 def _changes(objects: dict[type, Any]) -> Iterator[str]:
     """What aiohttp no longer has, has with other parameters, or now has under a name of ours."""
-    for (base, name), contract in INTERNALS.items():
-        if not hasattr(objects[base], name):
-            yield f"{base.__name__}.{name} is gone. sending.py relies on it: {contract}."
+    yield from gone(INTERNALS, objects, "sending.py")
     for function, expected in PARAMETERS.items():
         if (found := " ".join(inspect.signature(function).parameters)) != expected:
             yield f"{function.__qualname__} has other parameters: {found}."
@@ -123,16 +122,10 @@ def _changes(objects: dict[type, Any]) -> Iterator[str]:
 
 def _unlisted() -> Iterator[str]:
     """What sending.py overrides or reads and INTERNALS does not list."""
-    listed = {name for _, name in INTERNALS}
-    for base, subclass in SUBCLASSES.items():
-        for name in vars(subclass).keys() - {"__init__"} - listed:
-            if inspect.isfunction(getattr(base, name, None)):
-                yield f"{subclass.__name__}.{name} overrides a method of aiohttp: add it to INTERNALS."
     source = Path(sending.__file__).read_text(encoding="utf-8")
     ours = {name for owner in (sending.Route, sending.Exchange) for name in vars(owner)}
     ours |= set(re.findall(r"self\.(_\w+)(?::[^\n]*)? = ", source)) - {"_factory"}
-    for name in set(re.findall(r"\.(_[a-z]\w*)", source)) - listed - ours:
-        yield f"sending.py reads the private {name}: add it to INTERNALS."
+    yield from unlisted(INTERNALS, SUBCLASSES, sending, ours=ours)
 
 
 async def test_the_key_of_kept_connections_stays_the_same() -> None:

@@ -16,7 +16,7 @@ from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams.client import Upstreams
 from proxy.upstreams.network import keep_alive, proxy_authorization, proxy_server
-from tests.bare_upstream import connections
+from tests.bare_upstream import connections, opened
 from tests.certificates import Authority
 from tests.forward_proxy import forward_proxy
 
@@ -38,16 +38,6 @@ class Requests:
             self.heads.append(head)
             await reader.readexactly(int(head.lower().partition("content-length:")[2].split("\r\n")[0]))
             writer.write(ANSWER)
-
-
-@asynccontextmanager
-async def opened() -> AsyncIterator[Upstreams]:
-    upstreams = Upstreams()
-    upstreams.open()
-    try:
-        yield upstreams
-    finally:
-        await upstreams.close()
 
 
 @asynccontextmanager

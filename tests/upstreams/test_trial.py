@@ -14,10 +14,9 @@ import pytest
 
 from proxy.formats.kinds import kind_of
 from proxy.policy.catalog import KeyCommand, Secret, Upstream
-from proxy.upstreams.client import Upstreams
 from proxy.upstreams.models import ModelLists
 from proxy.upstreams.trial import Trial, try_upstream
-from tests.bare_upstream import connections
+from tests.bare_upstream import connections, opened
 from tests.stage import fast_timers
 
 KEY = "sk-upstream-secret-0123456789"
@@ -76,12 +75,8 @@ class ListServer:
 
 async def tried(upstream: Upstream, *names: str, trial_s: float = 15.0) -> Trial:
     """The trial of this upstream by a client of its own."""
-    upstreams = Upstreams()
-    upstreams.open()
-    try:
+    async with opened() as upstreams:
         return await try_upstream(ModelLists(upstreams, now=lambda: 0), upstream, names, trial_s=trial_s)
-    finally:
-        await upstreams.close()
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams.client import Upstreams
 from proxy.upstreams.sending import Connector
 from proxy.upstreams.spool import Spliced, Spool
-from tests.bare_upstream import connections
+from tests.bare_upstream import connections, opened
 from tests.certificates import Authority
 from tests.stage import until
 
@@ -100,16 +100,6 @@ async def wire(answer: Answer, *, reads_body: bool = True, **transport: Any) -> 
     async with connections(server.accept) as port, opened() as upstreams:
         server.up = Upstream("up", f"http://127.0.0.1:{port}/v1", None, transport=Transport(**transport))
         yield server, upstreams
-
-
-@asynccontextmanager
-async def opened() -> AsyncIterator[Upstreams]:
-    upstreams = Upstreams()
-    upstreams.open()
-    try:
-        yield upstreams
-    finally:
-        await upstreams.close()
 
 
 def answering(*answers: bytes, ends: bool = False) -> Answer:

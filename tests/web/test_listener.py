@@ -7,7 +7,6 @@ T12 large heads (more of it in test_middleware)
 import asyncio
 import inspect
 import json
-import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -27,6 +26,7 @@ from proxy.web.listener import Listener, note_valid_key
 from proxy.web.request_log import RequestLog
 from tests.bare_client import KEY, BareClient, bare_client, get, post
 from tests.builders import NOON
+from tests.library import gone, unlisted
 from tests.stage import Stage, stage, until
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -806,10 +806,10 @@ async def test_aiohttp_has_every_internal_that_the_listener_uses() -> None:
 
 def _changes(objects: dict[type, Any]) -> Iterator[str]:
     """What aiohttp no longer has, has with other parameters, or now has under a name of ours."""
-    for (base, name), contract in INTERNALS.items():
-        if not hasattr(objects[base], name):
-            yield f"{base.__name__}.{name} is gone. listener.py relies on it: {contract}."
-        elif name in vars(SUBCLASSES[base]) and _parameters(base, name) != _parameters(SUBCLASSES[base], name):
+    yield from gone(INTERNALS, objects, "listener.py")
+    for base, name in INTERNALS:
+        subclass = SUBCLASSES[base]
+        if name in vars(subclass) and hasattr(base, name) and _parameters(base, name) != _parameters(subclass, name):
             yield f"{base.__name__}.{name} has other parameters: {_parameters(base, name)}."
     for base, names in ADDED.items():
         for name in names:
@@ -819,15 +819,8 @@ def _changes(objects: dict[type, Any]) -> Iterator[str]:
 
 def _unlisted() -> Iterator[str]:
     """What listener.py overrides or reads and INTERNALS does not list."""
-    listed = {name for _, name in INTERNALS}
-    for base, subclass in SUBCLASSES.items():
-        for name in vars(subclass).keys() - {"__init__"} - listed:
-            if inspect.isfunction(getattr(base, name, None)):
-                yield f"{subclass.__name__}.{name} overrides a method of aiohttp: add it to INTERNALS."
-    source = Path(listener.__file__).read_text(encoding="utf-8")
     added = {*listener._Places.__slots__, *(name for names in ADDED.values() for name in names)}
-    for name in set(re.findall(r"\.(_[a-z]\w*)", source)) - listed - added:
-        yield f"listener.py reads the private {name}: add it to INTERNALS, or to ADDED if it is ours."
+    return unlisted(INTERNALS, SUBCLASSES, listener, ours=added)
 
 
 def _parameters(owner: type, name: str) -> list[str]:
