@@ -190,7 +190,7 @@ class Api:
         return application
 
     async def serve(self, application: Handler, request: web.Request) -> web.StreamResponse:
-        """Answer any request. A metered path is found here, without the router, which takes 20 µs."""
+        """Answer any request. A metered path is found here by one look-up, without the application's router."""
         metered = self._metered.get(request.rel_url.raw_path) if request.method == hdrs.METH_POST else None
         if metered is None:
             return await application(request)
