@@ -11,9 +11,7 @@ in the next moment.
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 import structlog
@@ -21,7 +19,7 @@ import structlog
 from proxy.calls.activity import Activity
 from proxy.calls.call import Call, Responder, closed_decision, closed_refusal
 from proxy.calls.disconnect import Disconnects
-from proxy.calls.dispatch import Candidates, Dispatcher, heartbeat_of
+from proxy.calls.dispatch import Candidates, Dispatcher, with_heartbeat
 from proxy.calls.recorded_names import OTHER, RecordedNames
 from proxy.calls.reservation import Reservation
 from proxy.calls.stored_responses import StoredResponses
@@ -115,6 +113,7 @@ class Relay:
         try:
             try:
                 attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                assert attempt.answer is not None, "the dispatcher returns none without"
                 try:
                     await self._forward(attempt.answer, attempt.call, reservation)
                 finally:
@@ -296,8 +295,7 @@ class Relay:
         if not (call.request.stream or answer.is_event_stream or is_json):
             return False
         if not (call.client.has_begun or (call.request.stream and answer.is_event_stream)):
-            async with heartbeat_of(call, reservation, self._start_stream) or nullcontext():
-                return await answer.carries_events()
+            return await with_heartbeat(answer.carries_events(), call, reservation, self._start_stream)
         await self._start_stream(call, reservation, answer)
         with call.client.heartbeat(lambda: True):
             return await answer.carries_events()
@@ -361,7 +359,7 @@ class Relay:
         """
         body, meter = await answer.read(), reservation.meter
         call.client.line.mark_answered()
-        await self.threads.run(partial(meter.see_whole, body), cost=reading_cost(body))
+        await self.threads.run(meter.see_whole, body, cost=reading_cost(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
