@@ -108,7 +108,7 @@ class Relay:
         client = call.client
         if isinstance(reply, Refused):
             raise self._refusal(call, reply)
-        reservation = self._begin(call, candidates, reply)
+        reservation = self._begin(call, reply)
         watch = self._disconnects.watch(call, reservation)
         try:
             try:
@@ -169,14 +169,13 @@ class Relay:
         self._activity.refused(line, refused, call.binding)
         return call.refusal(refused, busy_s=self._durations.busy_s(self._now()))
 
-    def _begin(self, call: Call, candidates: Candidates, accepted: Accepted) -> Reservation:
-        """Note an admitted call. Until its first attempt it has the meter and the count of the first target."""
-        call.client.line.mark_admitted(accepted.entry.admitted_via)
+    def _begin(self, call: Call, accepted: Accepted) -> Reservation:
+        """Note an admitted call."""
+        call.client.line.mark_admitted(accepted.entry)
         self._durations.began(accepted.entry.id, self._now())
-        self._activity.began(call.client.line, accepted.entry)
+        self._activity.began(call.client.line)
         self.metrics.in_flight.inc()
-        first = candidates.first
-        return Reservation(self._ledger, accepted, first.meter(), binding=call.binding, count=first.count)
+        return Reservation(self._ledger, accepted, binding=call.binding)
 
     def _note_end(self, call: Call, reservation: Reservation) -> None:
         """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
@@ -191,7 +190,7 @@ class Relay:
         # Of an unlisted model the name at the upstream is what the client wrote.
         if reservation.target is not None and call.is_listed:
             line.upstream_model = reservation.target.upstream_model
-        self._activity.ended(entry.id, reservation.outcome, usage)
+        self._activity.ended(line)
         self.metrics.ended(
             endpoint=entry.labels.endpoint,
             group=entry.admitted_via,
