@@ -56,8 +56,8 @@ log = structlog.get_logger("reservation")
 class Reservation:
     """What is reserved for one call. `entry` is its state in the ledger, as of the ledger's last answer.
 
-    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt: there is
-    none before the first one. `outcome` and `charged` are set by its end.
+    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt: before
+    the first one there is none. `outcome` and `charged` are set by its end.
     """
 
     meter: Meter
