@@ -42,9 +42,8 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     # out.
     found = []
     for position, status in enumerate(statuses.values()):
-        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None:
-            share, remaining, use = tightest
-            found.append((share, remaining, position, status, use))
+        if status.quota.enforce != "shadow" and (use := status.tightest()) is not None:
+            found.append((use.share, use.remaining, position, status, use))
     found.sort()
     policy, left = [], []
     for _, _, _, status, use in found[:_QUOTAS_MAX]:
@@ -79,7 +78,7 @@ def warning_headers(statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, 
     for status in statuses.values():
         if status.quota.enforce == "shadow":
             continue
-        for limit, used, remaining in status.uses:
+        for limit, used, remaining, _ in status.uses:
             # A limit of 0 is a switch that is off, and nobody is near it.
             if 100 * used >= NEAR_PERCENT * limit.maximum > 0:
                 t = max(0, seconds_up(status.counter.window.resets_at - now))

@@ -31,11 +31,16 @@ class LimitUse(TypedDict):
 
 
 class Use(NamedTuple):
-    """What is used of a limit, and what is neither used nor held, which is never below 0."""
+    """What is used of a limit, and what is neither used nor held, which is never below 0.
+
+    `share` is what remains in parts per million. It is an integer, because floats are never compared: 667 of 1,000
+    tokens is 667_000.
+    """
 
     limit: Limit
     used: int
     remaining: int
+    share: int
 
 
 class QuotaStatus:
@@ -55,9 +60,9 @@ class QuotaStatus:
         used, held = totals_of(counter.used), totals_of(NO_AMOUNT if quota.enforce == "after" else counter.held)
         self.uses: list[Use] = []
         for limit in quota.window_limits:
-            so_far = used[limit.measure.position]
-            left = limit.maximum - so_far - held[limit.measure.position]
-            self.uses.append(Use(limit, so_far, left if left > 0 else 0))
+            so_far, maximum = used[limit.measure.position], limit.maximum
+            left = max(0, maximum - so_far - held[limit.measure.position])
+            self.uses.append(Use(limit, so_far, left, left * 1_000_000 // (maximum or 1)))
 
     def remaining(self, limit: Limit) -> int:
         """What is neither used nor held of a limit; never below 0. See `uses` about holds."""
@@ -91,17 +96,12 @@ class QuotaStatus:
         """
         return self.counter.window if self.quota.per.kind == "calendar" or self.counter.is_open else None
 
-    def tightest(self) -> tuple[int, int, Use] | None:
-        """The limit of which the smallest part remains in the window; None if no limit depends on the window.
-
-        Before it stand what remains of it in parts per million, then as a number, by which quotas can be compared.
-        These are integers, because floats are never compared: 667 of 1,000 tokens is (667_000, 667).
-        """
-        tightest: tuple[int, int, Use] | None = None
+    def tightest(self) -> Use | None:
+        """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
+        tightest = None
         for use in self.uses:
-            share = use.remaining * 1_000_000 // (use.limit.maximum or 1)
-            if tightest is None or (share, use.remaining) < tightest[:2]:
-                tightest = share, use.remaining, use
+            if tightest is None or (use.share, use.remaining) < (tightest.share, tightest.remaining):
+                tightest = use
         return tightest
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
