@@ -42,8 +42,8 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     # out.
     found = []
     for position, status in enumerate(statuses.values()):
-        if status.quota.enforce != "shadow" and (use := status.tightest()) is not None:
-            found.append((use.share, use.remaining, position, status, use))
+        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None:
+            found.append((tightest.share, tightest.remaining, position, status, tightest))
     found.sort()
     policy, left = [], []
     for _, _, _, status, use in found[:_QUOTAS_MAX]:
