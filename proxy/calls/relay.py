@@ -403,7 +403,7 @@ class Relay:
         self, answer: Answer | None, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
         if answer is None:  # the head of a stream that the upstream has not begun yet
-            passed = headers.to_client((), is_stream=is_stream, mask=Mask())
+            passed = headers.to_client(headers.NO_HEADERS, is_stream=is_stream, mask=Mask())
         else:
             passed = headers.to_client(answer.headers, is_stream=is_stream, mask=answer.mask)
         return {**passed, **self._quota_headers(call, reservation)}
