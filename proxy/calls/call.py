@@ -5,11 +5,12 @@ waits for admission, it is prepared anew (`relay.Renew`), and refused if a new c
 what admitted it. Its grants end by the clock.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -44,12 +45,13 @@ _WAIT_HEADER = re.compile(r"([0-9]{1,4})(?:s)?")
 class Responder(Protocol):
     """The client of one call: what it sent, how to answer it, and whether it has disconnected.
 
-    `id` is the request's id, and `line` what the log will say of the request. Writing to a client
+    `id` is the request's id, `task` carries the call, and `line` is what the log will say of it. Writing to a client
     that has disconnected does nothing. The implementation for HTTP is
     `proxy.web.response.WebResponder`.
     """
 
     id: str
+    task: "asyncio.Task[Any]"
     line: LogLine
     headers: Headers
     api_version: str | None  # Azure's `api-version` in the client's query

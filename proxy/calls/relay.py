@@ -128,7 +128,7 @@ class Relay:
             await reservation.end(outcome, charges_full_hold=charges_full_hold)
             if not client.is_disconnected:
                 raise
-            _uncancel()
+            client.task.uncancel()
         finally:
             watch.stop()
             try:
@@ -215,10 +215,8 @@ class Relay:
         Returns the reply, and the call and its candidates by the policy that decided. Nothing is sent and nothing is
         held while the call waits, so a disconnect simply cancels it.
         """
-        task = asyncio.current_task()
-        assert task is not None, "a call runs in a task"
         client = call.client
-        client.on_disconnected(task.cancel)
+        client.on_disconnected(client.task.cancel)
         try:
             candidates = await self._dispatcher.candidates(call)
 
@@ -247,7 +245,7 @@ class Relay:
         except asyncio.CancelledError:
             if not client.is_disconnected:
                 raise  # the server stops
-            _uncancel()
+            client.task.uncancel()
             raise ClientLeft from None
         finally:
             client.on_disconnected(None)
@@ -404,13 +402,6 @@ class Relay:
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
         return call.quota_headers(reservation.entry, reservation.counters, self._ledger.now(), is_held=is_held)
-
-
-def _uncancel() -> None:
-    """Take back the cancellation of this task, which was for its call alone."""
-    task = asyncio.current_task()
-    assert task is not None, "a call runs in a task"
-    task.uncancel()
 
 
 def _logged_id(answer: Answer) -> str | None:

@@ -34,6 +34,7 @@ class WebResponder:
         self, request: web.Request, line: LogLine, *, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
     ) -> None:
         self.id = line.request_id
+        self.task = request.task
         self.line = line
         self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
