@@ -8,8 +8,9 @@ from proxy.calls.activity import COUNTERS_AT_ONCE, DETAILS_MAX, Activity, Batch
 from proxy.calls.log_line import LogLine
 from proxy.identity.authentication import Caller
 from proxy.ledger.book import Accepted, Book, Refused, Release, Settle, Unknown
+from proxy.ledger.entry import Outcome
 from proxy.ledger.notices import Crossing
-from proxy.policy.amounts import Amount
+from proxy.policy.amounts import Amount, Usage
 from proxy.policy.key import Key
 from proxy.policy.quota import Binding, Counter, CounterKey, Quota
 from proxy.policy.windows import Window
@@ -41,6 +42,7 @@ class Process:
         self.activity = Activity(now=lambda: self.now, quota_of=lambda key, at: self.quotas.get(key[1]), **more)
         self.counters: dict[CounterKey, Counter | None] = {}
         self.entries: dict[str, Any] = {}
+        self.lines: dict[str, LogLine] = {}
 
     def apply(self, operation: Any) -> Any:
         """Have the book decide, and tell the activity, as the ledger does."""
@@ -54,7 +56,9 @@ class Process:
         """A call that asks for admission, as the relay reports it."""
         reply = self.apply(reserve(request_id, who, call(input_tokens, output)))
         if isinstance(reply, Accepted):
-            self.activity.began(line_of(request_id, who.user), reply.entry)
+            line = self.lines[request_id] = line_of(request_id, who.user)
+            line.mark_admitted(reply.entry)
+            self.activity.began(line)
         else:
             self.activity.refused(line_of(request_id, who.user), reply, who)
         return reply
@@ -62,7 +66,13 @@ class Process:
     def end(self, request_id: str, tokens: int) -> None:
         """The end of a call that used so many tokens."""
         self.apply(Settle(request_id, exactly(tokens), "complete"))
-        self.activity.ended(request_id, "complete", exactly(tokens))
+        self.ended(request_id, "complete", exactly(tokens))
+
+    def ended(self, request_id: str, outcome: Outcome, usage: Usage | None) -> None:
+        """The end of a call, as the relay reports it."""
+        line = self.lines[request_id]
+        line.outcome, line.usage = outcome, usage
+        self.activity.ended(line)
 
 
 def line_of(request_id: str, user: str) -> LogLine:
@@ -116,7 +126,7 @@ def test_a_call_that_was_charged_nothing_is_shown_without_usage():
     process = watched(DAILY)
     process.begin("req_1", binding([DAILY]))
     process.apply(Release("req_1"))
-    process.activity.ended("req_1", "upstream_failed", None)
+    process.ended("req_1", "upstream_failed", None)
     [ended] = shown(process.activity.take().ended.items)
     assert (ended["outcome"], ended["input_tokens"], ended["provenance"]) == ("upstream_failed", 0, None)
 
@@ -131,7 +141,7 @@ def test_the_tokens_of_all_calls_that_ended_are_added_up_by_group():
             process.end(f"{group}-{number}", 7)
     process.begin("failed", who)
     process.apply(Release("failed"))
-    process.activity.ended("failed", "upstream_failed", None)
+    process.ended("failed", "upstream_failed", None)
     batch = process.activity.take()
     assert (len(batch.ended.items), batch.ended.more) == (DETAILS_MAX, {"staff": 20, "lab": 4})
     assert batch.tokens == {"staff": Amount(7 * (DETAILS_MAX + 20)), "lab": Amount(21)}
@@ -185,7 +195,7 @@ def test_only_the_newest_state_of_a_counter_is_kept():
 def test_a_window_of_a_duration_has_no_times_before_a_call_opens_it():
     """Its end would be later each time. A limit of 0 is used up."""
     process = watched(quota("staff/burst", tokens=0, per="6h"))
-    process.activity.counter_changed(("user:ann", "staff/burst"), Counter(Window(NOON - HOUR, NOON)), NOON)
+    process.activity.counters_changed({("user:ann", "staff/burst"): Counter(Window(NOON - HOUR, NOON))}, NOON)
     [state] = states(process.activity.take()).values()
     assert (state["opened_at"], state["resets_at"], state["limits"][0]["percent"]) == (None, None, 100.0)
 
@@ -230,10 +240,10 @@ def test_counters_that_do_not_fit_into_a_batch_are_in_the_next():
     process = watched(DAILY)
     keys = [(f"user:{number}", "staff/daily") for number in range(COUNTERS_AT_ONCE + 5)]
     for key in keys:
-        process.activity.counter_changed(key, Counter(Window(NOON, NOON + HOUR), amount(1)), NOON)
-    process.activity.counter_changed(keys[0], Counter(Window(NOON, NOON + HOUR), amount(2)), NOON)
+        process.activity.counters_changed({key: Counter(Window(NOON, NOON + HOUR), amount(1))}, NOON)
+    process.activity.counters_changed({keys[0]: Counter(Window(NOON, NOON + HOUR), amount(2))}, NOON)
     first = process.activity.take()
-    process.activity.counter_changed(keys[0], Counter(Window(NOON, NOON + HOUR), amount(3)), NOON)
+    process.activity.counters_changed({keys[0]: Counter(Window(NOON, NOON + HOUR), amount(3))}, NOON)
     second = process.activity.take()
     assert list(first.counters) == keys[:COUNTERS_AT_ONCE]
     assert list(second.counters) == [*keys[COUNTERS_AT_ONCE:], keys[0]]
@@ -245,7 +255,7 @@ def test_too_many_counters_are_left_out_and_the_batch_says_so():
     process = watched(DAILY, changed_max=10)
     for number in range(11):
         key = (f"user:{number}", "staff/daily")
-        process.activity.counter_changed(key, Counter(Window(NOON, NOON + HOUR), amount(1)), NOON)
+        process.activity.counters_changed({key: Counter(Window(NOON, NOON + HOUR), amount(1))}, NOON)
     batch = process.activity.take()
     assert batch.is_incomplete
     assert ("user:0", "staff/daily") not in batch.counters
@@ -257,8 +267,8 @@ def test_a_state_that_was_read_before_the_last_reply_is_older():
     """A reset is read from the database, and a call can end meanwhile."""
     process = watched(DAILY)
     key, window = ("user:ann", "staff/daily"), Window(NOON, NOON + HOUR)
-    process.activity.counter_changed(key, Counter(window, amount(7)), NOON + 2)
-    process.activity.counter_changed(key, Counter(window, amount(0)), NOON + 1)
+    process.activity.counters_changed({key: Counter(window, amount(7))}, NOON + 2)
+    process.activity.counters_changed({key: Counter(window, amount(0))}, NOON + 1)
     [state] = states(process.activity.take()).values()
     assert state["limits"][0]["used"] == 7
 
@@ -391,7 +401,7 @@ def test_a_level_is_noted_again_after_a_reset_and_in_the_next_window():
     today, tomorrow = (Window(NOON + day * 24 * HOUR, NOON + (day + 1) * 24 * HOUR) for day in (0, 1))
 
     def change(window: Window, used: int) -> list[tuple[str, int]]:
-        process.activity.counter_changed(key, Counter(window, amount(used)), window.opened_at)
+        process.activity.counters_changed({key: Counter(window, amount(used))}, window.opened_at)
         return crossed(process)
 
     assert change(today, 1000) == [("staff/daily", 100)]
@@ -409,7 +419,7 @@ def test_a_level_is_noted_again_when_its_window_is_shortened():
     day, minute = (Window(NOON, NOON + length) for length in (24 * HOUR, 60_000))
     noted = []
     for window, seconds in ((day, 1), (minute, 2), (minute, 3)):
-        process.activity.counter_changed(key, Counter(window, amount(900)), NOON + seconds * 1000)
+        process.activity.counters_changed({key: Counter(window, amount(900))}, NOON + seconds * 1000)
         process.activity.take()
         noted.append([(each.level, each.resets_at) for each in process.activity.take_notices()[1]])
     assert noted == [[(80, day.resets_at)], [(80, minute.resets_at)], []]
@@ -418,7 +428,7 @@ def test_a_level_is_noted_again_when_its_window_is_shortened():
 def test_a_limit_of_zero_is_no_level():
     """It is a switch."""
     process = Process(quota("staff/daily", tokens=0))
-    process.activity.counter_changed(("user:ann", "staff/daily"), Counter(Window(NOON, NOON + HOUR)), NOON)
+    process.activity.counters_changed({("user:ann", "staff/daily"): Counter(Window(NOON, NOON + HOUR))}, NOON)
     assert crossed(process) == []
 
 
@@ -430,7 +440,7 @@ def test_what_is_remembered_of_levels_is_bounded(monkeypatch):
     def use_up(*users: int) -> list[tuple[str, int]]:
         for user in users:
             window = Window(NOON, NOON + HOUR)
-            process.activity.counter_changed((f"user:{user}", "staff/daily"), Counter(window, amount(1000)), NOON)
+            process.activity.counters_changed({(f"user:{user}", "staff/daily"): Counter(window, amount(1000))}, NOON)
         return crossed(process)
 
     assert use_up(1, 2, 3, 4) == [("staff/daily", 100)] * 3
