@@ -149,7 +149,7 @@ class Reservation:
     def _wanted_output(self) -> int:
         """How much output to hold, in tokens: what was seen and HOLD_STEP.
 
-        It stays within the maximum if there is one. If our count is beyond it, it stays within what may be a miscount.
+        It stays within the maximum if there is one, or, beyond it, within what our count may exceed it by.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
         for bound in () if maximum is None else (maximum, _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS):

@@ -148,21 +148,28 @@ class ChatMeter(Meter):
             self._count_other_shape(chunk, chunk.get("type") or event.name)
         if has_usage or b'"x_' in raw:
             self._see_usages_elsewhere(chunk)
-        if "usage" not in chunk:
-            self._see_running_usage(read_timings(chunk.get("timings")))
+        if "usage" in chunk:
+            return self._see_usage_beside(choices, chunk, event)
+        if "timings" in chunk:
+            self._see_running_usage(read_timings(chunk["timings"]))
             return self._without_running_timings(chunk, event)
+        return raw
+
+    def _see_usage_beside(self, choices: object, chunk: JSON, event: Event) -> bytes:
+        """Record the usage that a chunk states beside its choices, and return the chunk as it would come unasked.
+
+        OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros; beside a choice
+        they state no usage either. Without a choice they are one, and `usage` decides what they count.
+        """
         usage = chunk["usage"]
         if isinstance(usage, dict):
             if not choices:
                 return self._see_usage_chunk(chunk, event)
             if any(usage.values()):
                 self._see_running_usage(self._read(usage))
-                return without_usage(event, chunk) if self._stripped_running_usage == "usage" else raw
-        # No usage yet: OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros;
-        # beside a choice they are a placeholder too. Without a choice they are a usage, and `usage` decides what they
-        # count.
+                return without_usage(event, chunk) if self._stripped_running_usage == "usage" else event.raw
         is_placeholder = usage is None or isinstance(usage, dict)
-        return without_usage(event, chunk) if is_placeholder and self._strips_usage else raw
+        return without_usage(event, chunk) if is_placeholder and self._strips_usage else event.raw
 
     def _see_usage_chunk(self, chunk: JSON, event: Event) -> bytes:
         """Return the usage chunk as it would have come unasked: not at all, unless it has other members too."""
@@ -221,7 +228,7 @@ class ChatMeter(Meter):
         If a stop word ends the answer, llama.cpp sends timings with the last text too; those are removed, and it
         repeats them on the next chunk.
         """
-        is_running = self._stripped_running_usage == "timings" and "timings" in chunk
+        is_running = self._stripped_running_usage == "timings"
         return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
 
 

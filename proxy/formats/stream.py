@@ -30,9 +30,14 @@ _END_BYTES_MAX = 16 * 2**20
 
 
 class Stream:
-    """One streamed answer. `meter` counts its events, and `mask` is applied to everything that is sent."""
+    """One streamed answer. `meter` counts its events, and `mask` is applied to everything that is sent.
+
+    `is_over` says whether the last event of the answer has arrived, and `is_waiting_for_hold` whether an event waits
+    until more tokens are held.
+    """
 
     def __init__(self, meter: Meter, *, mask: Mask) -> None:
+        self.is_over = self.is_waiting_for_hold = False
         self._meter = meter
         self._mask = mask
         self._piece_mask: PieceMask | None = None  # of an event that is too large and not at its end
@@ -41,16 +46,6 @@ class Stream:
         self._blocked: bytes | None = None  # the bytes for the client of an event that exceeds the hold
         self._end = bytearray()
         self._newline = b"\n"
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the last event of the answer has arrived."""
-        return self._meter.is_over
-
-    @property
-    def is_waiting_for_hold(self) -> bool:
-        """Whether an event waits until more tokens are held."""
-        return self._blocked is not None
 
     @property
     def is_between_events(self) -> bool:
@@ -63,7 +58,8 @@ class Stream:
         `covered` is the total of output tokens that may have passed after this. It may grow between two calls;
         `feed(b"", covered=…)` then returns what waited. Raises UpstreamError if the end has more than 16 MiB.
         """
-        meter, end, ready = self._meter, self._end, []
+        meter, end = self._meter, self._end
+        ready: list[bytes] = []
         events, position, shown = self._events + self._splitter.feed(chunk), 0, self._blocked
         while shown is not None or position < len(events):
             # Each event is counted first and forwarded if the count is covered.
@@ -85,6 +81,7 @@ class Stream:
                 ready.append(shown)
             shown = None
         self._events, self._blocked = events[position:], shown
+        self.is_over, self.is_waiting_for_hold = meter.is_over, shown is not None
         if len(end) > _END_BYTES_MAX:
             raise UpstreamError("The upstream's answer never ends: more than 16 MiB followed its last text.")
         return b"".join(ready)
