@@ -307,7 +307,7 @@ class Relay:
         await reservation.ready_to_count()
         try:
             with client.heartbeat(lambda: stream.is_between_events):
-                async for chunk in answer.chunks():
+                while chunk := await answer.next_chunk():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
                     while stream.is_waiting_for_hold:
                         if not await reservation.grow(
@@ -422,7 +422,7 @@ async def _read_to_end(answer: Answer) -> None:
     """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
     try:
         async with asyncio.timeout(_READ_TO_END_S):
-            async for _ in answer.chunks():
+            while await answer.next_chunk():
                 pass
     except (UpstreamError, TimeoutError):
         pass  # the connection is closed instead

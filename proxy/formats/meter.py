@@ -146,6 +146,8 @@ class Meter(ABC):
         self._pieces: list[list[str]] = []  # texts that are kept: each item is one token or more
         self._pieces_bytes = 0
         self._pieces_stated = 0  # so many of them came before the upstream last stated its usage
+        # `output_seen` or more: texts that are not counted yet are taken for as many tokens as they have bytes.
+        self.output_at_most = 0
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -160,14 +162,6 @@ class Meter(ABC):
             self._count_pieces()
         seen = self._output_stated + self._counted_since_stated
         return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
-
-    @property
-    def output_at_most(self) -> int:
-        """The same, or more: texts that were not counted yet are taken for as many tokens as they have bytes."""
-        if not self._counts_text:
-            return 0
-        seen = max(self._output_stated + self._counted_since_stated, self._tokens_counted)
-        return seen + self._pieces_bytes + self._extra_output
 
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
@@ -355,6 +349,7 @@ class Meter(ABC):
         if output > before or output >= self._counted:
             self._counted_since_stated = 0
             self._pieces_stated = len(self._pieces)
+        self._bound_output()
 
     def _see_usage(self, usage: object) -> None:
         """Record a usage object, if it is one."""
@@ -379,8 +374,12 @@ class Meter(ABC):
     def _keep(self, texts: list[str]) -> None:
         """Keep the texts of one piece, none of which is empty."""
         if texts:
+            size = 0
+            for text in texts:
+                size += len(text) if text.isascii() else 4 * len(text)  # its bytes, or more
             self._pieces.append(texts)
-            self._pieces_bytes += sum(map(_bytes_at_most, texts))
+            self._pieces_bytes += size
+            self.output_at_most += size
             if self._pieces_bytes > _KEPT_BYTES_MAX or len(self._pieces) > _KEPT_PIECES_MAX:
                 self._count_pieces()
 
@@ -393,6 +392,7 @@ class Meter(ABC):
                 self._counted_since_stated += tokens
         self._pieces.clear()
         self._pieces_bytes = self._pieces_stated = 0
+        self._bound_output()
 
     @property
     def _counted(self) -> int:
@@ -449,11 +449,11 @@ class Meter(ABC):
     def _add_to_count(self, tokens: int) -> None:
         self._tokens_counted += tokens
         self._counted_since_stated += tokens
+        self._bound_output()
 
-
-def _bytes_at_most(text: str) -> int:
-    """The length of a text in bytes, or more."""
-    return len(text) if text.isascii() else 4 * len(text)
+    def _bound_output(self) -> None:
+        seen = max(self._output_stated + self._counted_since_stated, self._tokens_counted)
+        self.output_at_most = seen + self._pieces_bytes + self._extra_output if self._counts_text else 0
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:

@@ -173,16 +173,17 @@ class Answer:
             self._next = partial(_raise, error)
         return None
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, decompressed.
+    def next_chunk(self) -> Awaitable[bytes]:
+        """Wait for the next bytes of the body, decompressed. None are left if it gives none.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
         begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
-        beginning, self._beginning = self._beginning, []
-        for chunk in beginning:
-            yield chunk
-        while chunk := await self._next():
+        return _given(self._beginning.pop(0)) if self._beginning else self._next()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
+        while chunk := await self.next_chunk():
             yield chunk
 
     async def read(self) -> bytes:
@@ -318,6 +319,10 @@ class Upstreams:
 
 def _encoding_of(codings: list[str]) -> str:
     return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
+
+
+async def _given(chunk: bytes) -> bytes:
+    return chunk
 
 
 async def _raise(error: UpstreamError) -> bytes:
