@@ -89,9 +89,11 @@ class Responder(Protocol):
         """Close the connection abruptly, so that the client sees that the answer is incomplete."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """One call. `model` is the model at the first upstream, or at the one that this attempt goes to.
+
+    It is a value: nothing of it changes. It is not declared frozen, because making it would take longer.
 
     `is_listed`: the catalog lists the model by this very name, so that the name is none that a client made up.
     """
@@ -121,7 +123,7 @@ class Call:
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
-        return replace(self, model=target)
+        return self if target is self.model else replace(self, model=target)
 
     @property
     def address(self) -> str:

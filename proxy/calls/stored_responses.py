@@ -125,9 +125,11 @@ class StoredResponses:
 
         This is best effort: `_own_entry` keeps such a response from being read whether or not it was deleted.
         """
-        response_id, model = reservation.meter.response_id, reservation.target or call.model
-        may_be_stored = call.with_target(model).may_be_stored
-        if response_id is None or reservation.outcome == "complete" or not may_be_stored:
+        model = reservation.target
+        if reservation.outcome == "complete" or model is None:
+            return
+        response_id = reservation.meter.response_id
+        if response_id is None or not call.with_target(model).may_be_stored:
             return
         if len(self._deletions) >= _DELETIONS_MAX:
             log.warning("a response was not deleted", request=call.client.id, reason="too many are waiting")

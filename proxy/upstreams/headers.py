@@ -35,7 +35,17 @@ _TO_UPSTREAM = frozenset(
         "x-title",
     )
 )
-_TO_CLIENT = frozenset(("content-type", "content-language", "openai-processing-ms", "openai-version"))
+_TO_CLIENT = frozenset(
+    (
+        "content-type",
+        "content-language",
+        "openai-processing-ms",
+        "openai-version",
+        "request-id",
+        "x-request-id",
+    )
+)
+_IDEMPOTENCY_KEY = ("idempotency-key",)
 # W3C Trace Context §3.2: version 00, the id of the trace, that of the caller's span, and flags. Ids of zeros are not
 # valid. A later version may have another form, so it is not passed on.
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -63,11 +73,10 @@ def to_upstream(
     removed from the header. Clients name a handful in each request, whether or not they use them; a request that does
     use one that was removed is rejected by the upstream itself.
     """
-    allowed = _TO_UPSTREAM - _hop_by_hop(headers)
-    sent = {name.lower(): value for name, value in headers if name.lower() in allowed}
+    sent = _passed(headers, _TO_UPSTREAM)
     if "traceparent" in sent or "tracestate" in sent:
-        sent = {name: value for name, value in sent.items() if not name.startswith("trace")}
-        sent |= _trace_context([header for header in headers if header[0].lower() in allowed])
+        context = _trace_context([header for header in headers if header[0].lower() in sent])
+        sent = {name: value for name, value in sent.items() if not name.startswith("trace")} | context
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     of = kind_of(kind)
@@ -89,8 +98,8 @@ def idempotency_header(
     hashing likely names. If the key is fetched, what it is fetched with takes its place: the hash must stay the same
     when the key changes.
     """
-    client_key = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
-    if not client_key or "idempotency-key" in _hop_by_hop(headers):
+    client_key = _passed(headers, _IDEMPOTENCY_KEY).get("idempotency-key")
+    if not client_key:
         return {}
     text = "\0".join((_lasting_secret(api_key), user, client_key))
     return {"idempotency-key": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
@@ -149,21 +158,32 @@ def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str
     `is_stream` is what the body really is. A content type that says the opposite is replaced, because SDKs choose
     their parser by it.
     """
-    allowed = _TO_CLIENT - _hop_by_hop(headers)
-    passed = {name.lower(): value for name, value in headers if name.lower() in allowed and value.isprintable()}
-    # OpenAI's name is x-request-id, Anthropic's request-id.
-    upstream_id = next((value for name, value in headers if name.lower() in ("x-request-id", "request-id")), "")
-    if upstream_id and upstream_id.isprintable():
-        passed["x-upstream-request-id"] = upstream_id
+    passed = {}
+    for name, value in _passed(headers, _TO_CLIENT).items():
+        if value and value.isprintable():
+            # OpenAI's name is x-request-id, Anthropic's request-id.
+            is_id = name in ("x-request-id", "request-id")
+            passed["x-upstream-request-id" if is_id else name] = mask.in_header(value)
     if passed.get("content-type", "").lower().startswith("text/event-stream") is not is_stream:
-        passed |= {"content-type": "text/event-stream"} if is_stream else {"content-type": "application/json"}
-    passed = {name: mask.in_header(value) for name, value in passed.items()}
+        passed["content-type"] = "text/event-stream" if is_stream else "application/json"
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
 
 
-def _hop_by_hop(headers: Headers) -> set[str]:
-    """The header names that `Connection` lists. They are meant for this connection only and are not forwarded."""
-    return {name.lower() for name in _list_items(headers, "connection")}
+def _passed(headers: Headers, names: Collection[str]) -> dict[str, str]:
+    """The headers with these names, in lower case, except those that `Connection` lists: they are for one connection.
+
+    Of several headers with one name the last one passes.
+    """
+    passed, connection = {}, ""
+    for name, value in headers:
+        lower = name.lower()
+        if lower in names:
+            passed[lower] = value
+        elif lower == "connection":
+            connection = f"{connection},{value}"
+    for name in connection.split(",") if connection else ():
+        passed.pop(name.strip().lower(), None)
+    return passed
 
 
 def _list_items(headers: Headers, name: str) -> list[str]:
