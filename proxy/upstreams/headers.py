@@ -10,7 +10,7 @@ an answer it would name the operator's account to every user.
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
@@ -22,6 +22,9 @@ Headers = Sequence[tuple[str, str]]
 SERVER_NAME = "llm-quota-proxy"
 # The headers of every JSON answer that the proxy itself writes.
 JSON_HEADERS = {"content-type": "application/json", "cache-control": "no-store"}
+
+# What no line of a head may have. A line break would begin another line.
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 _TO_UPSTREAM = frozenset(
     (
@@ -189,3 +192,14 @@ def _passed(headers: Headers, names: Collection[str]) -> dict[str, str]:
 def _list_items(headers: Headers, name: str) -> list[str]:
     """The comma-separated items of all headers with this name (RFC 9110 §5.6.1)."""
     return [item.strip() for header, value in headers if header.lower() == name for item in value.split(",")]
+
+
+def header_lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
+    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out.
+
+    Raises ValueError if one of them has a control character.
+    """
+    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
+    if CONTROL.search("".join(lines)):
+        raise ValueError("a header has a control character")
+    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")

@@ -263,6 +263,10 @@ class Api:
         self._running.setdefault(request[REQUEST_ID], _Running(caller, request)).caller = caller
         return snapshot, caller
 
+    def _responder(self, request: web.Request) -> WebResponder:
+        added = self._cors.headers_for(request)
+        return WebResponder(request, request[LOG_LINE], added=added, heartbeat_s=self._limits.heartbeat_s)
+
     def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
         """Prepares the call of this request anew if the policy, or a user or key, has changed.
 
@@ -288,7 +292,7 @@ class Api:
         snapshot, caller = await self._identify(request)
         line = request[LOG_LINE]
         line.endpoint = endpoint.name
-        client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
+        client = self._responder(request)
         renew = self._renewal(snapshot, request, client)
         deployment = request.match_info.get("deployment")
         shown = partial(logged_name, caller=caller, snapshot=snapshot, lists=self._model_lists)
@@ -329,7 +333,7 @@ class Api:
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
-        client = WebResponder(request, request[LOG_LINE], heartbeat_s=self._limits.heartbeat_s)
+        client = self._responder(request)
         query = StoredResponseQuery(
             path,
             response_id=request.match_info["id"],
