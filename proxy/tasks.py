@@ -42,10 +42,8 @@ class Tasks:
         self._running.add(task)
         return task
 
-    def leave(self) -> None:
-        """Count the current task no longer."""
-        task = asyncio.current_task()
-        assert task is not None, "called in a task"
+    def leave(self, task: "asyncio.Task[Any]") -> None:
+        """Count a task that has entered no longer."""
         self._running.discard(task)
 
     async def all_ended(self) -> None:
