@@ -168,7 +168,7 @@ def demo_command(port: int, admin_port: int) -> None:
     logs.set_format("console")
     # Through a thread, as the log: a pipe that nobody reads must not keep the demo from being stopped.
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers, closing(logs.LogStream(sys.stdout)) as printed:
-        _run(demo.run(port, admin_port, lambda guide: printed.write(f"{guide}\n"), tokenizers))
+        _run(demo.run(port, admin_port, printed.write, tokenizers))
 
 
 @main.command("schema")
