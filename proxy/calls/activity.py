@@ -20,9 +20,9 @@ import orjson
 from proxy.calls.log_line import LogLine
 from proxy.formats.refusal import named_block
 from proxy.ledger.book import Accepted, Refused, Reply
-from proxy.ledger.entry import Entry, Outcome
+from proxy.ledger.entry import Entry
 from proxy.ledger.notices import Crossing, RefusalRow
-from proxy.policy.amounts import NO_AMOUNT, Amount, Usage
+from proxy.policy.amounts import NO_AMOUNT, Amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at, user_of
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 from proxy.policy.windows import Window
@@ -97,58 +97,6 @@ class Batch:
 
     def __bool__(self) -> bool:
         return bool(self.begun or self.ended or self.refused or self.counters or self.is_incomplete)
-
-
-@dataclass(slots=True)
-class CallInFlight:
-    """An admitted call. `began_at` is when it was admitted (ms), and `hold` what it holds."""
-
-    id: str
-    user: str
-    key_id: str
-    key: str
-    group: str
-    model: str
-    endpoint: str
-    address: str
-    began_at: int
-    hold: Amount
-
-    def as_json(self) -> dict[str, object]:
-        """The call as it is shown."""
-        return {
-            **self._names(),
-            "key_id": self.key_id,
-            "key": self.key,
-            "endpoint": self.endpoint,
-            "address": self.address,
-            "began_at": self.began_at,
-            "held_input": self.hold.input,
-            "held_output": self.hold.output,
-        }
-
-    def ended_json(self, outcome: Outcome | None, usage: Usage | None, ended_at: int) -> dict[str, object]:
-        """Its end as it is shown. Without a usage nothing was charged."""
-        return {
-            **self._names(),
-            "outcome": outcome,
-            "input_tokens": usage.tokens.input if usage else 0,
-            "output_tokens": usage.tokens.output if usage else 0,
-            "provenance": usage.provenance if usage else None,
-            "ended_at": ended_at,
-        }
-
-    def _names(self) -> dict[str, object]:
-        return {"id": self.id, "user": self.user, "group": self.group, "model": self.model}
-
-
-class _End(NamedTuple):
-    """The end of a call."""
-
-    call: CallInFlight
-    outcome: Outcome | None
-    usage: Usage | None
-    at: int
 
 
 @dataclass(slots=True)
@@ -247,14 +195,14 @@ class Activity:
         levels_max: int = _LEVELS_MAX,
     ) -> None:
         self.is_watched = False
-        self.calls: dict[str, CallInFlight] = {}
+        self.calls: dict[str, LogLine] = {}  # those in flight
         self.not_noted = 0
         self._now = now
         self._quota_of = quota_of
         self._changed_max = changed_max
         self._levels_max = levels_max
-        self._begun: Details[CallInFlight] = Details()
-        self._ended: Details[_End] = Details()
+        self._begun: Details[LogLine] = Details()
+        self._ended: Details[tuple[LogLine, int]] = Details()  # each with the time of its end
         self._refused: Details[_RefusedCall] = Details()
         self._tokens: dict[str, Amount] = {}
         # In the order in which they first changed since they were taken, so each is taken in its turn.
@@ -267,33 +215,21 @@ class Activity:
 
     # What happens
 
-    def began(self, line: LogLine, entry: Entry) -> None:
+    def began(self, line: LogLine) -> None:
         """The call of this line was admitted."""
-        assert line.caller is not None, "only the call of a known caller is admitted"
-        key = line.caller.key
-        call = self.calls[entry.id] = CallInFlight(
-            entry.id,
-            entry.labels.user,
-            key.id,
-            key.label,
-            entry.admitted_via,
-            line.model or entry.labels.model,
-            entry.labels.endpoint,
-            line.address,
-            entry.reserved_at,
-            entry.hold,
-        )
+        self.calls[line.request_id] = line
         if self.is_watched:
-            self._begun.add(call.group, call)
+            self._begun.add(_group(line), line)
 
-    def ended(self, call_id: str, outcome: Outcome | None, usage: Usage | None) -> None:
-        """A call that began has ended, with the usage that it is charged."""
-        call = self.calls.pop(call_id)
+    def ended(self, line: LogLine) -> None:
+        """A call that began has ended, with the outcome and the usage that its line has."""
+        del self.calls[line.request_id]
         if self.is_watched:
-            self._ended.add(call.group, _End(call, outcome, usage, self._now()))
+            group, usage = _group(line), line.usage
+            self._ended.add(group, (line, self._now()))
             if usage is not None:
                 used = Amount(usage.tokens.input, usage.tokens.output)
-                self._tokens[call.group] = self._tokens.get(call.group, NO_AMOUNT) + used
+                self._tokens[group] = self._tokens.get(group, NO_AMOUNT) + used
 
     def refused(self, line: LogLine, refused: Refused, binding: Binding) -> None:
         """The call of this line was refused. `binding` are the quotas that were asked."""
@@ -326,9 +262,9 @@ class Activity:
         """The ledger has decided this, in this order."""
         for reply in replies:
             if isinstance(reply, Accepted):
-                call = self.calls.get(reply.entry.id)
-                if call is not None:
-                    call.hold = reply.entry.hold
+                line = self.calls.get(reply.entry.id)
+                if line is not None:
+                    line.entry = reply.entry
             elif not isinstance(reply, Refused):
                 continue
             for key, counter in reply.counters.items():
@@ -372,13 +308,11 @@ class Activity:
                 batch.counters[key] = CounterState(at, orjson.dumps({"at": at, **_counter_shown(key, status)}))
         if self._begun:
             begun, self._begun = self._begun, Details()
-            batch.begun = _encoded(begun, (each.as_json() for _, each in begun.items))
+            batch.begun = _encoded(begun, (_call_shown(line) for _, line in begun.items))
         if self._ended:
             ended, self._ended = self._ended, Details()
             batch.tokens, self._tokens = self._tokens, {}
-            batch.ended = _encoded(
-                ended, (end.call.ended_json(end.outcome, end.usage, end.at) for _, end in ended.items)
-            )
+            batch.ended = _encoded(ended, (_end_shown(line, at) for _, (line, at) in ended.items))
         if self._refused:
             refused, self._refused = self._refused, Details()
             batch.refused = _encoded(refused, (each.as_json() for _, each in refused.items))
@@ -398,7 +332,7 @@ class Activity:
 
     def calls_in_flight(self, is_shown: Callable[[str], bool]) -> Iterator[bytes]:
         """The calls in flight whose groups are shown, as JSON, in the order in which they were admitted."""
-        return (orjson.dumps(call.as_json()) for call in self.calls.values() if is_shown(call.group))
+        return (orjson.dumps(_call_shown(line)) for line in self.calls.values() if is_shown(_group(line)))
 
     def _note_level(self, key: CounterKey, status: QuotaStatus, at: int) -> None:
         level, window = _level(status), status.counter.window
@@ -420,6 +354,54 @@ class Activity:
         else:
             # Reset, or a new window: when it reaches a level again, that is noted again.
             self._levels.pop(key, None)
+
+
+def _entry(line: LogLine) -> Entry:
+    assert line.entry is not None, "it is that of an admitted call"
+    return line.entry
+
+
+def _group(line: LogLine) -> str:
+    return _entry(line).admitted_via
+
+
+def _call_shown(line: LogLine) -> dict[str, object]:
+    """A call in flight as it is shown."""
+    assert line.caller is not None, "only the call of a known caller is admitted"
+    entry, key = _entry(line), line.caller.key
+    return {
+        **_names(line),
+        "key_id": key.id,
+        "key": key.label,
+        "endpoint": entry.labels.endpoint,
+        "address": line.address,
+        "began_at": entry.reserved_at,
+        "held_input": entry.hold.input,
+        "held_output": entry.hold.output,
+    }
+
+
+def _end_shown(line: LogLine, ended_at: int) -> dict[str, object]:
+    """The end of a call as it is shown. Without a usage nothing was charged."""
+    usage = line.usage
+    return {
+        **_names(line),
+        "outcome": line.outcome,
+        "input_tokens": usage.tokens.input if usage else 0,
+        "output_tokens": usage.tokens.output if usage else 0,
+        "provenance": usage.provenance if usage else None,
+        "ended_at": ended_at,
+    }
+
+
+def _names(line: LogLine) -> dict[str, object]:
+    entry = _entry(line)
+    return {
+        "id": entry.id,
+        "user": entry.labels.user,
+        "group": entry.admitted_via,
+        "model": line.model or entry.labels.model,
+    }
 
 
 def _level(status: QuotaStatus) -> int:

@@ -15,7 +15,7 @@ wait in order of arrival, so no user can overtake another again and again:
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple
 
 from proxy.errors import BodiesWaitTooLong
 
@@ -27,6 +27,7 @@ MEDIUM_BYTES_MAX = 4 * 2**20
 WAIT_S = 30.0
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class BodyThreads:
@@ -37,17 +38,17 @@ class BodyThreads:
         self._medium = ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
 
-    async def run(self, work: Callable[[], T], *, cost: int) -> T:
-        """The result of `work`, which reads or writes a body of this cost. Raises what it raises.
+    async def run(self, work: Callable[[*Ts], T], *arguments: *Ts, cost: int) -> T:
+        """The result of `work(*arguments)`, which reads or writes a body of this cost. Raises what it raises.
 
         Raises BodiesWaitTooLong if that takes too long. A caller that is cancelled leaves the line.
         """
         if cost <= SMALL_BYTES_MAX:
-            return work()
+            return work(*arguments)
         pool = self._medium if cost <= MEDIUM_BYTES_MAX else self._large
         try:
             async with asyncio.timeout(self._wait_s):
-                return await asyncio.get_running_loop().run_in_executor(pool, work)
+                return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
         except TimeoutError:
             raise BodiesWaitTooLong from None
 

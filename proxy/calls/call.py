@@ -6,7 +6,7 @@ what admitted it. Its grants end by the clock.
 """
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -33,7 +33,7 @@ from proxy.policy.policy import Policy
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
-from proxy.upstreams.headers import idempotency_header, to_upstream
+from proxy.upstreams.headers import Headers, idempotency_header, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
 
 _WAIT_S_MAX = 600
@@ -51,7 +51,7 @@ class Responder(Protocol):
 
     id: str
     line: LogLine
-    headers: Sequence[tuple[str, str]]
+    headers: Headers
     api_version: str | None  # Azure's `api-version` in the client's query
     is_disconnected: bool
 
@@ -89,9 +89,11 @@ class Responder(Protocol):
         """Close the connection abruptly, so that the client sees that the answer is incomplete."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """One call. `model` is the model at the first upstream, or at the one that this attempt goes to.
+
+    It is a value: nothing of it changes. It is not declared frozen, because making it would take longer.
 
     `is_listed`: the catalog lists the model by this very name, so that the name is none that a client made up.
     """
@@ -121,7 +123,7 @@ class Call:
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
-        return replace(self, model=target)
+        return self if target is self.model else replace(self, model=target)
 
     @property
     def address(self) -> str:
@@ -403,7 +405,7 @@ def no_such_model(name: str) -> ModelNotFound:
 
 def _wait_s(client: Responder, policy: Policy) -> float:
     """How many seconds this call may wait for calls in flight: its `X-Quota-Max-Wait`, else the policy's `wait`."""
-    header = next((value for name, value in client.headers if name.lower() == "x-quota-max-wait"), None)
+    header = client.headers.get("x-quota-max-wait")
     if header is None:
         return policy.wait_s
     match = _WAIT_HEADER.fullmatch(header.strip())

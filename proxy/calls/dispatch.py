@@ -34,10 +34,10 @@ in flight, then it is a 503.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import structlog
 
@@ -55,7 +55,7 @@ from proxy.formats.reported_error import status_of_error
 from proxy.formats.surfaces import meter_of
 from proxy.ledger.queue import DurationEstimate
 from proxy.metrics import Metrics
-from proxy.policy.catalog import FETCHED_KEYS, Catalog, Model, Upstream
+from proxy.policy.catalog import FETCHED_KEYS, Catalog, Model
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import status_for_routing
@@ -80,6 +80,7 @@ AttemptOutcome = Literal[
 # How much of the reason of an upstream's last failure is kept, in characters.
 _REASON_MAX = 300
 
+T = TypeVar("T")
 # Sends the head of a stream to the client.
 Start = Callable[[Call, Reservation], Awaitable[None]]
 
@@ -89,18 +90,16 @@ log = structlog.get_logger("tries")
 class Candidate:
     """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
 
+    __slots__ = ("_body", "call", "count", "upstream")
+
     def __init__(self, call: Call, tokenizers: Tokenizers, *, prompt: Prompt, keeps_body: bool) -> None:
         body = call.body()
         self.call = call
+        self.upstream = call.model.upstream
         self.count = TokenCount(
             tokenizers, call.request, call.model, prompt=prompt, body_bytes=len(body), previous=call.previous
         )
         self._body = body if keeps_body else None
-
-    @property
-    def upstream(self) -> Upstream:
-        """The upstream of its target."""
-        return self.call.model.upstream
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
@@ -129,7 +128,10 @@ class Candidates:
     `wait_s` is how long it may still wait for calls in flight, in seconds.
     """
 
+    __slots__ = ("_candidates", "demand", "first", "targets", "user", "wait_s")
+
     def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
+        self.user = call.caller.user
         self.wait_s = call.wait_s
         self.targets = call.model.targets
         # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
@@ -139,8 +141,10 @@ class Candidates:
             Candidate(call.with_target(target), tokenizers, prompt=prompt, keeps_body=keeps_body)
             for target in self.targets
         ]
-        self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
         self.first = self._candidates[0]
+        self.demand = self.first.count.demand
+        if len(self.targets) > 1:
+            self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
 
     async def set_contexts(self, lists: ModelLists) -> None:
         """Bound hidden input by the contexts that the upstreams state, where the configuration states none.
@@ -162,7 +166,10 @@ class Candidates:
 
     def for_target(self, target: Model) -> Candidate:
         """The candidate for one of the targets."""
-        return next(candidate for candidate in self._candidates if candidate.call.model is target)
+        for candidate in self._candidates:
+            if candidate.call.model is target:
+                return candidate
+        raise AssertionError("a target of this call")
 
     def free_body(self) -> None:
         """Drop all bodies. Only the texts of the input stay, in case they have to be counted."""
@@ -174,28 +181,18 @@ class Candidates:
 class Attempt:
     """One attempt of a call: how it was sent, its answer, and the slot of its upstream, which was taken for it."""
 
-    __slots__ = ("_answer", "_has_slot", "_slots", "call")
+    __slots__ = ("_has_slot", "_slots", "answer", "call")
 
     def __init__(self, call: Call, slots: Slots) -> None:
         self.call = call
-        self._answer: Answer | None = None
+        self.answer: Answer | None = None
         self._slots = slots
         self._has_slot = True
 
-    @property
-    def answer(self) -> Answer:
-        """The upstream's answer, which has come."""
-        assert self._answer is not None, "there is no attempt without an answer but in the dispatcher"
-        return self._answer
-
-    def note_answer(self, call: Call, answer: Answer) -> None:
-        """The call was sent like this, and this is the answer."""
-        self.call, self._answer = call, answer
-
     def close(self) -> None:
         """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
-        if self._answer is not None:
-            self._answer.close()
+        if self.answer is not None:
+            self.answer.close()
         if self._has_slot:
             self._has_slot = False
             self._slots.give_back(self.call.model.upstream.name, self.call.caller.user)
@@ -236,7 +233,7 @@ class Dispatcher:
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
-        candidates = await self.threads.run(partial(Candidates, call, self._tokenizers), cost=call.request.body.cost)
+        candidates = await self.threads.run(Candidates, call, self._tokenizers, cost=call.request.body.cost)
         await candidates.set_contexts(self.model_lists)
         return candidates
 
@@ -263,7 +260,8 @@ class Dispatcher:
                 answer = await self._attempt(attempt, candidate, reservation, start)
                 status = answer.status
                 if len(state.remaining) > 1 or status // 100 != 2:
-                    status = await _status_from_body(answer, heartbeat_of(attempt.call, reservation, start))
+                    stated = _status_from_body(answer)
+                    status = await with_heartbeat(stated, attempt.call, reservation, start)
                 routing = self._after_answer(answer, status, state, candidate)
                 is_final = routing is None
                 if is_final:
@@ -296,33 +294,38 @@ class Dispatcher:
         """
         if routing.pause_ms:
             await asyncio.sleep(routing.pause_ms / 1000)
-        began = self._now()
-        target = await self._take_slot(candidates, routing.remaining)
-        # `retry_for` is the time since the first attempt, without that in which the call waited for slots.
-        waited_ms = max(0, self._now() - began)
-        return target, replace(routing, deadline=routing.deadline + waited_ms) if waited_ms else routing
+        target = self._take_free(routing.remaining, candidates)
+        return (target, routing) if target is not None else await self._wait_for_target(candidates, routing)
 
-    async def _take_slot(self, candidates: Candidates, targets: Sequence[Model]) -> Model | None:
-        """One of these targets, with a slot of its upstream. None if the call got none while it could wait.
+    def _take_free(self, targets: Sequence[Model], candidates: Candidates) -> Model | None:
+        """One of these targets, with a slot of its upstream; None if an upstream of them is full."""
+        for target in targets:
+            if self.slots.is_full(target.upstream.name):
+                return None
+        target = self.cooldowns.choose(targets, self._now(), draw=self._draw())
+        self.slots.take(target.upstream.name, candidates.user)
+        return target
+
+    async def _wait_for_target(
+        self, candidates: Candidates, routing: RoutingState
+    ) -> tuple[Model | None, RoutingState]:
+        """The same, where an upstream is full.
 
         A full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that
         are only full. When it can't wait any longer, an upstream in cooldown is better than none.
         """
-        free = self._free(targets)
-        if len(free) < len(targets):
-            available = self.cooldowns.available(targets, self._now())
-            ready = self._free(available)
-            if not ready and (available or not free):
-                name = await self._wait_for_slot(candidates, available or targets)
-                if name is not None:
-                    there = [target for target in targets if target.upstream.name == name]
-                    return self.cooldowns.choose(there, self._now(), draw=self._draw())
-            free = ready or self._free(targets)
-        if not free:
-            return None
-        target = self.cooldowns.choose(free, self._now(), draw=self._draw())
-        self.slots.take(target.upstream.name, candidates.first.call.caller.user)
-        return target
+        targets, began = routing.remaining, self._now()
+        free, available = self._free(targets), self.cooldowns.available(targets, began)
+        ready = self._free(available)
+        if not ready and (available or not free):
+            name = await self._wait_for_slot(candidates, available or targets)
+            # `retry_for` is the time since the first attempt, without that in which the call waited for slots.
+            routing = replace(routing, deadline=routing.deadline + max(0, self._now() - began))
+            if name is not None:
+                there = [target for target in targets if target.upstream.name == name]
+                return self.cooldowns.choose(there, self._now(), draw=self._draw()), routing
+        free = ready or self._free(targets)
+        return self._take_free(free, candidates) if free else None, routing
 
     def _free(self, targets: Sequence[Model]) -> list[Model]:
         return [target for target in targets if not self.slots.is_full(target.upstream.name)]
@@ -336,7 +339,7 @@ class Dispatcher:
         # The head of the stream may have been sent during an earlier attempt.
         with call.client.heartbeat(lambda: True) if call.client.has_begun else nullcontext():
             name = await self.slots.wait(
-                [target.upstream.name for target in targets], call.caller.user, wait_s=candidates.wait_s
+                [target.upstream.name for target in targets], candidates.user, wait_s=candidates.wait_s
             )
         candidates.wait_s -= time() - began_s
         return name
@@ -369,30 +372,32 @@ class Dispatcher:
         while True:
             if call.request.is_option_withheld:
                 meter.stop_stripping()
-            body = await self.threads.run(partial(candidate.body, call), cost=call.request.body.cost)
+            body = await self.threads.run(candidate.body, call, cost=call.request.body.cost)
             sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
             del body  # a long answer must not keep it in memory
-            async with heartbeat_of(call, reservation, start) or nullcontext():
-                answer = await sending
-            attempt.note_answer(call, answer)
-            amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
+            answer = await with_heartbeat(sending, call, reservation, start)
+            attempt.call, attempt.answer = call, answer
+            amended = None
+            if answer.status // 100 == 4:
+                amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
             if amended is None:
-                self._note_usage_option(asked, call, answer)
+                if asked.adds_usage and answer.status // 100 == 2:
+                    self._note_usage_option(call)
                 return answer
             answer.close()
             call = amended
 
     async def _amended(self, call: Call, answer: Answer, *, held_input: int) -> Call | None:
-        """The call as it is sent once more; None if the answer is final, or if nobody would read the next one.
+        """The call as it is sent once more after a 4xx; None if that is final, or if nobody would read the next one.
 
         Example: the client sends `stream: true`, and we add `stream_options`. An old server answers `400 Unknown
         parameter: 'stream_options'`. Without the option it answers the call, and we count its tokens.
         """
         if call.client.is_disconnected:
             return None
-        if await _is_option_rejected(answer, call):
+        if call.adds_usage and is_about_usage_option(answer.status, await answer.error_body()):
             return call.without_usage_option()
-        if call.maximum is not None and answer.status // 100 == 4:
+        if call.maximum is not None:
             smaller = call.with_smaller_maximum(answer.status, await answer.error_body(), held_input=held_input)
             if smaller is not None:
                 return smaller
@@ -415,15 +420,11 @@ class Dispatcher:
             return None
         return model.context or await self.model_lists.context(model)
 
-    def _note_usage_option(self, asked: Call, sent: Call, answer: Answer) -> None:
-        """Remember whether the target has accepted the usage option, or answered only without it."""
-        if answer.status // 100 != 2:
-            return
-        if sent.adds_usage:
-            self._usage_options.note(sent.address, sent.model, is_accepted=True)
-        elif asked.adds_usage:
+    def _note_usage_option(self, sent: Call) -> None:
+        """Remember whether the target has accepted the usage option, or answered only without it, as it was sent."""
+        if not sent.adds_usage:
             log.info("upstream takes no stream_options", upstream=sent.model.upstream.name, model=sent.model_label)
-            self._usage_options.note(sent.address, sent.model, is_accepted=False)
+        self._usage_options.note(sent.address, sent.model, is_accepted=sent.adds_usage)
 
     def _full(self) -> UpstreamFull:
         retry_s = self.durations.busy_s(self._now())
@@ -440,17 +441,17 @@ class Dispatcher:
         if isinstance(error, UpstreamTimeout) and error.may_be_moved and candidate.call.may_run_twice:
             elsewhere = self._next_attempt(routing, candidate, pause_ms=None)
             if elsewhere is not None:
-                self._count_attempt(candidate, "abandoned", error.reason)
+                self._note_failed(candidate, "abandoned", error.reason)
                 return elsewhere
         if error.was_sent:
-            self._count_attempt(
+            self._note_failed(
                 candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
             )
             return None
         if isinstance(error, UpstreamUnreadable):
-            self._count_attempt(candidate, "failed", error.reason)
+            self._note_failed(candidate, "failed", error.reason)
             return self._next_attempt(routing, candidate, pause_ms=None)
-        self._count_attempt(candidate, "unreachable", error.reason)
+        self._note_failed(candidate, "unreachable", error.reason)
         # A key was already waited for.
         pause_ms = None if isinstance(error, UpstreamWithoutKey) else UNREACHED_PAUSE_MS
         return self._next_attempt(routing, candidate, pause_ms=pause_ms)
@@ -463,13 +464,14 @@ class Dispatcher:
         `status` is that of the answer, or what its body states instead (see `_status_from_body`).
         """
         outcome = _outcome(status)
+        if outcome in ("answered", "rejected"):
+            self._count_attempt(candidate, outcome)
+            self.cooldowns.answered(candidate.upstream)
+            return None
         reason = answer.status_reason
         if status != answer.status:
             reason = f"status {status} in the body of an answer with {reason}"
-        self._count_attempt(candidate, outcome, reason)
-        if outcome in ("answered", "rejected"):
-            self.cooldowns.answered(candidate.upstream)
-            return None
+        self._note_failed(candidate, outcome, reason)
         retry_after_s = seconds_of(answer.retry_after)
         self.cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
         if not may_try_another_target(status):
@@ -485,17 +487,20 @@ class Dispatcher:
             return None
         return routing.after_failure(candidate.call.model, pause_ms=pause_ms, now=self._now())
 
-    def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
-        name, id = candidate.upstream.name, candidate.call.client.id
+    def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
+        name = candidate.upstream.name
         self.metrics.attempts.new[name, outcome] += 1
-        log.debug("attempt", upstream=name, outcome=outcome, request=id)
-        if outcome not in ("answered", "rejected"):
-            candidate.call.client.line.mark_failed(name)
-            self.cooldowns.last[name] = LastFailure(self._now(), outcome, reason[:_REASON_MAX])
-            log.warning("a try failed", upstream=name, outcome=outcome, request=id, reason=reason)
+        log.debug("attempt", upstream=name, outcome=outcome, request=candidate.call.client.id)
+
+    def _note_failed(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
+        self._count_attempt(candidate, outcome)
+        name, client = candidate.upstream.name, candidate.call.client
+        client.line.mark_failed(name)
+        self.cooldowns.last[name] = LastFailure(self._now(), outcome, reason[:_REASON_MAX])
+        log.warning("a try failed", upstream=name, outcome=outcome, request=client.id, reason=reason)
 
 
-async def _status_from_body(answer: Answer, heartbeat: AbstractAsyncContextManager[None] | None) -> int:
+async def _status_from_body(answer: Answer) -> int:
     """The status that decides whether another upstream is asked: the answer's, or what an error in its body means.
 
     Waits for the first byte of an answer that must begin in time. The body of a successful answer is looked at unless
@@ -503,11 +508,10 @@ async def _status_from_body(answer: Answer, heartbeat: AbstractAsyncContextManag
     """
     status, body = answer.status, None
     if status // 100 == 2:
-        async with heartbeat or nullcontext():
-            if answer.must_begin_in_time:
-                await answer.wait_for_body()
-            if not answer.is_event_stream:
-                body = await answer.error_in_body()
+        if answer.must_begin_in_time:
+            await answer.wait_for_body()
+        if not answer.is_event_stream:
+            body = await answer.error_in_body()
         stated = None if body is None else status_of_error(body)
         if stated is None:
             return status
@@ -517,18 +521,13 @@ async def _status_from_body(answer: Answer, heartbeat: AbstractAsyncContextManag
     return status_for_routing(status, await answer.error_body() if body is None else body)
 
 
-def heartbeat_of(call: Call, reservation: Reservation, start: Start) -> AbstractAsyncContextManager[None] | None:
-    """The block in which the client gets heartbeats while the upstream is silent; None if it gets none."""
+async def with_heartbeat(waiting: Awaitable[T], call: Call, reservation: Reservation, start: Start) -> T:
+    """Wait for an upstream. If that has a `heartbeat`, the client of a stream gets comments meanwhile."""
     every_s = call.model.upstream.heartbeat_s
     if every_s is None or not call.request.stream:
-        return None
-    return call.client.heartbeat_before_answer(every_s, partial(start, call, reservation))
-
-
-async def _is_option_rejected(answer: Answer, call: Call) -> bool:
-    """Whether the answer is an error about an option that we added to the request, not the client."""
-    is_rejection = call.adds_usage and answer.status // 100 == 4
-    return is_rejection and is_about_usage_option(answer.status, await answer.error_body())
+        return await waiting
+    async with call.client.heartbeat_before_answer(every_s, partial(start, call, reservation)):
+        return await waiting
 
 
 def _outcome(status: int) -> AttemptOutcome:

@@ -15,6 +15,7 @@ from typing import Any
 from proxy.errors import InvalidKey, ProxyError
 from proxy.formats.restrictions import PARAMETERS
 from proxy.identity.authentication import Caller
+from proxy.ledger.entry import Entry
 from proxy.policy.amounts import Usage
 
 
@@ -27,6 +28,7 @@ class LogLine:
     - `model` is the name that `recorded_names.logged_name` gives.
     - `admin` is the name of the admin whose key or login the request had.
     - `is_call`: it became a call, whose line is written when it is settled.
+    - `entry` is the call's entry in the ledger, as of the ledger's last answer.
     - `trace` is the id of the trace that the client takes part in, `client_request` the client's id of the request,
       and `upstream_request` that of the upstream.
     - `upstream_model` is the model's name at the upstream, if the configuration states it.
@@ -53,6 +55,7 @@ class LogLine:
     model: str | None = None
     stream: bool | None = None
     group: str | None = None
+    entry: Entry | None = None
     upstream: str | None = None
     upstream_model: str | None = None
     upstream_request: str | None = None
@@ -88,9 +91,9 @@ class LogLine:
         """Note that the ledger has admitted or refused the call."""
         self.decided_s = self.clock()
 
-    def mark_admitted(self, group: str) -> None:
-        """Note that the quotas of this group admitted the call."""
-        self.group, self.admitted_s = group, self.clock()
+    def mark_admitted(self, entry: Entry) -> None:
+        """Note that the quotas admitted the call, which has this entry in the ledger."""
+        self.entry, self.group, self.admitted_s = entry, entry.admitted_via, self.clock()
 
     def mark_sent(self) -> None:
         """Note that the call is sent to an upstream, and when that is for the first time."""

@@ -11,9 +11,7 @@ in the next moment.
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 import structlog
@@ -21,7 +19,7 @@ import structlog
 from proxy.calls.activity import Activity
 from proxy.calls.call import Call, Responder, closed_decision, closed_refusal
 from proxy.calls.disconnect import Disconnects
-from proxy.calls.dispatch import Candidates, Dispatcher, heartbeat_of
+from proxy.calls.dispatch import Candidates, Dispatcher, with_heartbeat
 from proxy.calls.recorded_names import OTHER, RecordedNames
 from proxy.calls.reservation import Reservation
 from proxy.calls.stored_responses import StoredResponses
@@ -110,11 +108,12 @@ class Relay:
         client = call.client
         if isinstance(reply, Refused):
             raise self._refusal(call, reply)
-        reservation = self._begin(call, candidates, reply)
+        reservation = self._begin(call, reply)
         watch = self._disconnects.watch(call, reservation)
         try:
             try:
                 attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                assert attempt.answer is not None, "the dispatcher returns none without"
                 try:
                     await self._forward(attempt.answer, attempt.call, reservation)
                 finally:
@@ -170,14 +169,13 @@ class Relay:
         self._activity.refused(line, refused, call.binding)
         return call.refusal(refused, busy_s=self._durations.busy_s(self._now()))
 
-    def _begin(self, call: Call, candidates: Candidates, accepted: Accepted) -> Reservation:
-        """Note an admitted call. Until its first attempt it has the meter and the count of the first target."""
-        call.client.line.mark_admitted(accepted.entry.admitted_via)
+    def _begin(self, call: Call, accepted: Accepted) -> Reservation:
+        """Note an admitted call."""
+        call.client.line.mark_admitted(accepted.entry)
         self._durations.began(accepted.entry.id, self._now())
-        self._activity.began(call.client.line, accepted.entry)
+        self._activity.began(call.client.line)
         self.metrics.in_flight.inc()
-        first = candidates.first
-        return Reservation(self._ledger, accepted, first.meter(), binding=call.binding, count=first.count)
+        return Reservation(self._ledger, accepted, binding=call.binding)
 
     def _note_end(self, call: Call, reservation: Reservation) -> None:
         """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
@@ -192,7 +190,7 @@ class Relay:
         # Of an unlisted model the name at the upstream is what the client wrote.
         if reservation.target is not None and call.is_listed:
             line.upstream_model = reservation.target.upstream_model
-        self._activity.ended(entry.id, reservation.outcome, usage)
+        self._activity.ended(line)
         self.metrics.ended(
             endpoint=entry.labels.endpoint,
             group=entry.admitted_via,
@@ -296,8 +294,7 @@ class Relay:
         if not (call.request.stream or answer.is_event_stream or is_json):
             return False
         if not (call.client.has_begun or (call.request.stream and answer.is_event_stream)):
-            async with heartbeat_of(call, reservation, self._start_stream) or nullcontext():
-                return await answer.carries_events()
+            return await with_heartbeat(answer.carries_events(), call, reservation, self._start_stream)
         await self._start_stream(call, reservation, answer)
         with call.client.heartbeat(lambda: True):
             return await answer.carries_events()
@@ -361,7 +358,7 @@ class Relay:
         """
         body, meter = await answer.read(), reservation.meter
         call.client.line.mark_answered()
-        await self.threads.run(partial(meter.see_whole, body), cost=reading_cost(body))
+        await self.threads.run(meter.see_whole, body, cost=reading_cost(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
@@ -406,7 +403,7 @@ class Relay:
         self, answer: Answer | None, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
         if answer is None:  # the head of a stream that the upstream has not begun yet
-            passed = headers.to_client((), is_stream=is_stream, mask=Mask())
+            passed = headers.to_client(headers.NO_HEADERS, is_stream=is_stream, mask=Mask())
         else:
             passed = headers.to_client(answer.headers, is_stream=is_stream, mask=answer.mask)
         return {**passed, **self._quota_headers(call, reservation)}

@@ -12,7 +12,6 @@ hold grows with the output that the meter has seen (`grow`). Example, for a requ
 ours leaves tokens held.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -29,6 +28,7 @@ from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage, Uses
 from proxy.policy.catalog import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
+from proxy.tasks import is_done_within
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
 # whole answer has been charged for it, even if the proxy is killed in the next moment, unless the database is slower
@@ -56,14 +56,15 @@ log = structlog.get_logger("reservation")
 class Reservation:
     """What is reserved for one call. `entry` is its state in the ledger, as of the ledger's last answer.
 
-    `counters` are the quota counters of the call, also as last reported. `outcome` and `charged` are set by its end.
+    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt: before
+    the first one there is none. `outcome` and `charged` are set by its end.
     """
 
-    def __init__(
-        self, ledger: Ledger, accepted: Accepted, meter: Meter, *, binding: Binding, count: TokenCount
-    ) -> None:
+    meter: Meter
+    _count: TokenCount
+
+    def __init__(self, ledger: Ledger, accepted: Accepted, *, binding: Binding) -> None:
         self.entry = accepted.entry
-        self.meter = meter
         self.is_sent = False  # until it is set, the call cannot have used anything
         self.target: Model | None = None  # of the last attempt
         self.outcome: Outcome | None = None
@@ -72,12 +73,10 @@ class Reservation:
         self._ledger = ledger
         self._lapses = ledger.lapses
         self._binding = binding
-        self._count = count
         # Two allowances for output that is not held, in tokens of output in all: while the ledger cannot be written,
         # and beyond the maximum that was sent to the upstream (see _MISCOUNT_FACTOR).
         self._unheld_allowance = 0
         self._miscount_allowance = 0
-        self._widen_output_bound()
 
     def begin_attempt(self, target: Model, meter: Meter, *, count: TokenCount) -> None:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
@@ -263,7 +262,8 @@ class Reservation:
             if usage is None
             else Settle(self.entry.id, usage, outcome, upstream=upstream, response_id=self.meter.response_id)
         )
-        # `wait` does not cancel the future when the time is over, so the ledger goes on trying to commit.
-        await asyncio.wait([committed], timeout=wait_s)
-        if committed.done() and not committed.exception() and isinstance(reply := committed.result(), Accepted):
-            self.counters = {**self.counters, **reply.counters}
+        # When the time is over, the ledger goes on trying to commit.
+        if await is_done_within(committed, wait_s) and not committed.exception():
+            reply = committed.result()
+            if isinstance(reply, Accepted):
+                self.counters = {**self.counters, **reply.counters}

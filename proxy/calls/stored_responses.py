@@ -37,7 +37,7 @@ from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
-from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
+from proxy.upstreams.headers import JSON_HEADERS, NO_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
 _ID_CHARACTERS_MAX = 80
@@ -125,9 +125,11 @@ class StoredResponses:
 
         This is best effort: `_own_entry` keeps such a response from being read whether or not it was deleted.
         """
-        response_id, model = reservation.meter.response_id, reservation.target or call.model
-        may_be_stored = call.with_target(model).may_be_stored
-        if response_id is None or reservation.outcome == "complete" or not may_be_stored:
+        model = reservation.target
+        if reservation.outcome == "complete" or model is None:
+            return
+        response_id = reservation.meter.response_id
+        if response_id is None or not call.with_target(model).may_be_stored:
             return
         if len(self._deletions) >= _DELETIONS_MAX:
             log.warning("a response was not deleted", request=call.client.id, reason="too many are waiting")
@@ -192,7 +194,7 @@ class StoredResponses:
         Returns the status of the answer (None: there was none), and why the response may still exist (None: it is
         gone).
         """
-        headers = to_upstream((), kind=upstream.kind)
+        headers = to_upstream(NO_HEADERS, kind=upstream.kind)
         try:
             async with (
                 asyncio.timeout(_DELETE_S),

@@ -40,14 +40,13 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     # Tightest first, by the part that remains and then by the number: of 1000 with 100 left (10 %), 100 with 50 left
     # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
     # out.
-    found = [
-        (tightest.remaining_share(), position, status, tightest)
-        for position, status in enumerate(statuses.values())
-        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None
-    ]
+    found = []
+    for position, status in enumerate(statuses.values()):
+        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None:
+            found.append((tightest.share, tightest.remaining, position, status, tightest))
     found.sort()
     policy, left = [], []
-    for _, _, status, use in found[:_QUOTAS_MAX]:
+    for _, _, _, status, use in found[:_QUOTAS_MAX]:
         id, window = status.quota.id, status.counter.window
         unit = "" if use.limit.measure.family == "requests" else ';qu="tokens"'
         policy.append(f'"{id}";q={use.limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}')
@@ -79,7 +78,7 @@ def warning_headers(statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, 
     for status in statuses.values():
         if status.quota.enforce == "shadow":
             continue
-        for limit, used, remaining in status.uses:
+        for limit, used, remaining, _ in status.uses:
             # A limit of 0 is a switch that is off, and nobody is near it.
             if 100 * used >= NEAR_PERCENT * limit.maximum > 0:
                 t = max(0, seconds_up(status.counter.window.resets_at - now))
@@ -94,7 +93,8 @@ def go_duration(length_ms: int) -> str:
     Go has no unit for days: 31 days are `744h0m0s`.
     """
     total = max(0, seconds_up(length_ms))
-    hours, minutes, seconds = total // 3600, total // 60 % 60, total % 60
+    minutes, seconds = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}h{minutes}m{seconds}s"
     return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"

@@ -59,16 +59,13 @@ class _Waiter:
 class _Admission:
     """A call that asks for admission. Its input is counted once, if the ledger needs the count.
 
-    It keeps its queue, also if it is renewed with other quotas.
+    In a queue it keeps its place, also if it is renewed with other quotas.
     """
+
+    __slots__ = ("_ledger", "_recount", "_renew", "operation")
 
     def __init__(self, ledger: Ledger, operation: Reserve, *, recount: _Recount, renew: _Renew) -> None:
         self.operation = operation
-        self.queue_key: _QueueKey = (
-            operation.labels.user,
-            frozenset(operation.binding.keys()),
-            operation.demand.uses.families,
-        )
         self._ledger = ledger
         self._recount = recount
         self._renew = renew
@@ -77,6 +74,11 @@ class _Admission:
     def keys(self) -> frozenset[CounterKey]:
         """The counters of the quotas that it asked for last."""
         return frozenset(self.operation.binding.keys())
+
+    @property
+    def queue_key(self) -> _QueueKey:
+        """The queue in which it would wait now."""
+        return self.operation.labels.user, self.keys, self.operation.demand.uses.families
 
     async def ask(self) -> Accepted | Refused:
         self.operation = await self._renew() or self.operation
@@ -112,7 +114,7 @@ class AdmissionQueue:
         `renew` raises for a call that is not possible any more.
         """
         admission = _Admission(self.ledger, operation, recount=recount, renew=renew)
-        if not self._queues.get(admission.queue_key):
+        if not self._queues or not self._queues.get(admission.queue_key):
             reply = await admission.ask()
             if not _is_busy(reply) or wait_s <= 0:
                 return reply
@@ -149,7 +151,8 @@ class AdmissionQueue:
             raise LedgerUnavailable from None
 
     async def _wait(self, admission: _Admission, until: float) -> Accepted | Refused:
-        waiter, queue = _Waiter(admission.keys), self._queues.setdefault(admission.queue_key, deque())
+        waiter, queue_key = _Waiter(admission.keys), admission.queue_key
+        queue = self._queues.setdefault(queue_key, deque())
         queue.append(waiter)
         self._waiting += 1
         try:
@@ -167,13 +170,15 @@ class AdmissionQueue:
             if queue:
                 queue[0].wake.set()  # this one may be the first now
             else:
-                self._queues.pop(admission.queue_key, None)
+                self._queues.pop(queue_key, None)
 
     def _waiting_of(self, user: str) -> int:
         return sum(len(queue) for (name, *_), queue in self._queues.items() if name == user)
 
     def _wake(self, keys: set[CounterKey]) -> None:
         """Wake the streams, and the first call of each queue, that wait for one of these counters."""
+        if not self._extending and not self._queues:
+            return
         for waiter in (*self._extending, *(queue[0] for queue in self._queues.values())):
             if not waiter.keys.isdisjoint(keys):
                 waiter.wake.set()

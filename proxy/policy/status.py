@@ -9,11 +9,10 @@ Pure. The texts of refusals are in `formats.refusal`, the headers in `formats.li
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import FAMILIES, NO_AMOUNT, Amount, Family, Measure
+from proxy.policy.amounts import FAMILIES, NO_AMOUNT, Amount, Family, Measure, totals_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import Window, rfc3339
 
@@ -32,21 +31,18 @@ class LimitUse(TypedDict):
 
 
 class Use(NamedTuple):
-    """What is used of a limit, and what is neither used nor held, which is never below 0."""
+    """What is used of a limit, and what is neither used nor held, which is never below 0.
+
+    `share` is what remains in parts per million. It is an integer, because floats are never compared: 667 of 1,000
+    tokens is 667_000.
+    """
 
     limit: Limit
     used: int
     remaining: int
-
-    def remaining_share(self) -> tuple[int, int]:
-        """What remains in parts per million, then as a number; the smaller one is tighter.
-
-        Integers, because floats are never compared: 667 of 1,000 tokens is (667_000, 667).
-        """
-        return self.remaining * 1_000_000 // max(1, self.limit.maximum), self.remaining
+    share: int
 
 
-@dataclass(slots=True)
 class QuotaStatus:
     """One quota, and its counter for one user at one instant.
 
@@ -54,23 +50,19 @@ class QuotaStatus:
     used and what remains of each limit that depends on the window.
     """
 
-    quota: Quota
-    counter: Counter
-    grants: tuple[Grant, ...] = ()
-    uses: tuple[Use, ...] = field(init=False, repr=False, compare=False)
+    __slots__ = ("counter", "grants", "quota", "uses")
 
-    def __post_init__(self) -> None:
-        """Compute `uses` once: headers ask for them several times."""
-        used, held = self.counter.used, self.counter.held
+    def __init__(self, quota: Quota, counter: Counter, grants: tuple[Grant, ...] = ()) -> None:
+        self.quota = quota
+        self.counter = counter
+        self.grants = grants
         # With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
-        if self.quota.enforce == "after":
-            held = NO_AMOUNT
-        uses: list[Use] = []
-        for limit in self.quota.window_limits:
-            total = limit.measure.total
-            so_far = total(used)
-            uses.append(Use(limit, so_far, max(0, limit.maximum - so_far - total(held))))
-        self.uses = tuple(uses)
+        used, held = totals_of(counter.used), totals_of(NO_AMOUNT if quota.enforce == "after" else counter.held)
+        self.uses: list[Use] = []
+        for limit in quota.window_limits:
+            so_far, maximum = used[limit.measure.position], limit.maximum
+            left = max(0, maximum - so_far - held[limit.measure.position])
+            self.uses.append(Use(limit, so_far, left, left * 1_000_000 // (maximum or 1)))
 
     def remaining(self, limit: Limit) -> int:
         """What is neither used nor held of a limit; never below 0. See `uses` about holds."""
@@ -106,7 +98,11 @@ class QuotaStatus:
 
     def tightest(self) -> Use | None:
         """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
-        return min(self.uses, key=Use.remaining_share, default=None)
+        tightest = None
+        for use in self.uses:
+            if tightest is None or (use.share, use.remaining) < (tightest.share, tightest.remaining):
+                tightest = use
+        return tightest
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
@@ -148,12 +144,10 @@ def quota_statuses(
     because a call that outlives its window holds nothing of the next: reserved at 11:59 with `per: hour`, its hold
     must not be subtracted from what others hold at 12:01.
     """
-    own = without or {}
     statuses: dict[str, QuotaStatus] = {}
-    for quota in binding.at(now).quotas:
-        key = quota.key_for(binding.user)
+    for quota, key in zip(binding.at(now).quotas, binding.keys(), strict=True):
         counter = counter_at(now, quota, counters.get(key))
-        if mine := own.get((key, counter.window.opened_at)):
+        if without and (mine := without.get((key, counter.window.opened_at))):
             counter = Counter(counter.window, counter.used, counter.held - mine, counter.reset_at)
         grants = quota.running(binding.grants.get(quota.id, ()), now) if binding.grants else ()
         statuses[quota.id] = QuotaStatus(quota, counter, grants)
@@ -202,7 +196,8 @@ def first_to_refuse(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> di
             status = statuses[quota.id]
             for use in status.uses:
                 family = use.limit.measure.family
-                if family not in least or use.remaining < least[family][1].remaining:
+                known = least.get(family)
+                if known is None or use.remaining < known[1].remaining:
                     least[family] = status, use
         if first is None:
             first = least

@@ -67,11 +67,10 @@ class Answer:
     """
 
     def __init__(self, exchange: Exchange, mask: Mask, fetched_key: Secret | None) -> None:
-        headers = exchange.headers
+        headers = self.headers = exchange.headers
         self.mask = mask
         self.fetched_key = fetched_key
         self.status = exchange.status
-        self.headers = list(headers.items())
         self.retry_after = headers.get("retry-after")
         self.request_id = headers.get("x-request-id") or headers.get("request-id")
         content_type, _, _ = headers.get("content-type", "").partition(";")
@@ -107,10 +106,8 @@ class Answer:
         Redirects are not followed. A `base_url` with http instead of https is often answered with one. The rest of
         the address is left out, because it may repeat what the client sent.
         """
-        if self.status // 100 == 3:
-            location = next((value for name, value in self.headers if name.lower() == "location"), "")
-            if server := _SERVER.match(location):
-                return f"status {self.status}, to {server[1]}{server[2]}"
+        if self.status // 100 == 3 and (server := _SERVER.match(self.headers.get("location", ""))):
+            return f"status {self.status}, to {server[1]}{server[2]}"
         return f"status {self.status}"
 
     async def is_decodable(self) -> bool:

@@ -101,6 +101,8 @@ class Cooldowns:
 
         Choosing an upstream whose cooldown is over makes this call the one that tries it.
         """
+        if not self._failures:
+            return _by_weight(targets, draw)
         available = self.available(targets, now)
         if not available:
             return min(targets, key=self._cooldown_until)
@@ -119,7 +121,8 @@ class Cooldowns:
 
     def answered(self, upstream: Upstream) -> None:
         """Note that it answered: its failures are forgotten."""
-        self._failures.pop(upstream, None)
+        if self._failures:
+            self._failures.pop(upstream, None)
 
     def failed(self, upstream: Upstream, now: int, *, retry_after_s: int | None = None) -> None:
         """Note that it failed or refused because it was busy; `retry_after_s` is the value of its `Retry-After`."""
@@ -161,6 +164,8 @@ def _by_weight(targets: Sequence[Model], draw: int) -> Model:
     Example: with weights 3 and 1 the edges are 3 and 4. `draw % 4` is 0, 1 or 2 for the first target, 3 for the
     second.
     """
+    if len(targets) == 1:
+        return targets[0]
     edges = list(accumulate(target.weight for target in targets))
     if edges[-1] == 0:
         return targets[draw % len(targets)]

@@ -102,7 +102,8 @@ class Slots:
 
     def is_full(self, name: str) -> bool:
         """Whether no slot of this upstream is free."""
-        return self._of(name).is_full
+        found = self._upstreams.get(name)
+        return found is not None and found.is_full
 
     def loads(self) -> dict[str, Load]:
         """The calls of each upstream."""
@@ -142,7 +143,8 @@ class Slots:
             del found.held[user]
             if not found.queues:
                 del found.turns[user]
-        self._hand_out(name)
+        if found.queues:
+            self._hand_out(name)
 
     def _of(self, name: str) -> _Upstream:
         found = self._upstreams.get(name)

@@ -6,7 +6,7 @@ disconnected does nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from aiohttp import web
 
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
+from proxy.upstreams.headers import Headers
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
@@ -34,7 +35,7 @@ class WebResponder:
     ) -> None:
         self.id = line.request_id
         self.line = line
-        self.headers: Sequence[tuple[str, str]] = list(request.headers.items())
+        self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None

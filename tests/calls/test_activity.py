@@ -8,8 +8,9 @@ from proxy.calls.activity import COUNTERS_AT_ONCE, DETAILS_MAX, Activity, Batch
 from proxy.calls.log_line import LogLine
 from proxy.identity.authentication import Caller
 from proxy.ledger.book import Accepted, Book, Refused, Release, Settle, Unknown
+from proxy.ledger.entry import Outcome
 from proxy.ledger.notices import Crossing
-from proxy.policy.amounts import Amount
+from proxy.policy.amounts import Amount, Usage
 from proxy.policy.key import Key
 from proxy.policy.quota import Binding, Counter, CounterKey, Quota
 from proxy.policy.windows import Window
@@ -41,6 +42,7 @@ class Process:
         self.activity = Activity(now=lambda: self.now, quota_of=lambda key, at: self.quotas.get(key[1]), **more)
         self.counters: dict[CounterKey, Counter | None] = {}
         self.entries: dict[str, Any] = {}
+        self.lines: dict[str, LogLine] = {}
 
     def apply(self, operation: Any) -> Any:
         """Have the book decide, and tell the activity, as the ledger does."""
@@ -54,7 +56,9 @@ class Process:
         """A call that asks for admission, as the relay reports it."""
         reply = self.apply(reserve(request_id, who, call(input_tokens, output)))
         if isinstance(reply, Accepted):
-            self.activity.began(line_of(request_id, who.user), reply.entry)
+            line = self.lines[request_id] = line_of(request_id, who.user)
+            line.mark_admitted(reply.entry)
+            self.activity.began(line)
         else:
             self.activity.refused(line_of(request_id, who.user), reply, who)
         return reply
@@ -62,7 +66,13 @@ class Process:
     def end(self, request_id: str, tokens: int) -> None:
         """The end of a call that used so many tokens."""
         self.apply(Settle(request_id, exactly(tokens), "complete"))
-        self.activity.ended(request_id, "complete", exactly(tokens))
+        self.ended(request_id, "complete", exactly(tokens))
+
+    def ended(self, request_id: str, outcome: Outcome, usage: Usage | None) -> None:
+        """The end of a call, as the relay reports it."""
+        line = self.lines[request_id]
+        line.outcome, line.usage = outcome, usage
+        self.activity.ended(line)
 
 
 def line_of(request_id: str, user: str) -> LogLine:
@@ -116,7 +126,7 @@ def test_a_call_that_was_charged_nothing_is_shown_without_usage():
     process = watched(DAILY)
     process.begin("req_1", binding([DAILY]))
     process.apply(Release("req_1"))
-    process.activity.ended("req_1", "upstream_failed", None)
+    process.ended("req_1", "upstream_failed", None)
     [ended] = shown(process.activity.take().ended.items)
     assert (ended["outcome"], ended["input_tokens"], ended["provenance"]) == ("upstream_failed", 0, None)
 
@@ -131,7 +141,7 @@ def test_the_tokens_of_all_calls_that_ended_are_added_up_by_group():
             process.end(f"{group}-{number}", 7)
     process.begin("failed", who)
     process.apply(Release("failed"))
-    process.activity.ended("failed", "upstream_failed", None)
+    process.ended("failed", "upstream_failed", None)
     batch = process.activity.take()
     assert (len(batch.ended.items), batch.ended.more) == (DETAILS_MAX, {"staff": 20, "lab": 4})
     assert batch.tokens == {"staff": Amount(7 * (DETAILS_MAX + 20)), "lab": Amount(21)}

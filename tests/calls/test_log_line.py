@@ -9,11 +9,13 @@ from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, Refusal
 from proxy.formats.restrictions import PARAMETERS
 from proxy.identity.authentication import Caller
-from proxy.policy.amounts import Exactly, Tokens
+from proxy.ledger.entry import CallLabels, Entry
+from proxy.policy.amounts import Amount, Exactly, Tokens
 from proxy.policy.key import Key
 from tests.builders import log_line
 
 ROOT = Path(__file__).resolve().parents[2]
+ENTRY = Entry("req_7", "p1", CallLabels("alice", "fast", "chat", "openai"), "staff", 0, Amount(30, 10), None, ())
 
 
 @dataclass
@@ -41,7 +43,7 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
     line.mark_asked()
     clock.now_s = 100.010
     line.mark_decided()
-    line.mark_admitted("staff")
+    line.mark_admitted(ENTRY)
     line.mark_sent()
     line.mark_failed("azure")
     clock.now_s = 100.300

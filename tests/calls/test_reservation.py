@@ -47,8 +47,8 @@ class AdmittedCall:
         self.ledger = ledger
         self.queue = AdmissionQueue(ledger)
         self.meter = meter_of(request, count=len)  # each character of its stream is one token
-        self.reservation = Reservation(ledger, accepted, self.meter, binding=binding([daily]), count=count)
-        self.reservation.is_sent = True
+        self.reservation = Reservation(ledger, accepted, binding=binding([daily]))
+        self.reservation.begin_attempt(MODEL, self.meter, count=count)
 
     def says(self, text: str = "", **usage: int) -> None:
         """Pass one chunk of the answer to the meter, with the usage so far if there is one."""
