@@ -99,10 +99,12 @@ class Route:
         target = self._origin + (self._base_path + path or "/")
         if CONTROL.search(target):
             raise ValueError("the address has a control character")
-        own = header_lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
+        own = {**_DEFAULT_HEADERS, **headers}
+        for name in self._fixed & own.keys():
+            del own[name]
         # With a length, because some servers read no forms from chunked bodies.
         length = b"Content-Length: %d\r\n\r\n" % body_bytes
-        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, own, length))
+        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, header_lines(own), length))
 
     def unreachable(self, reason: str) -> UpstreamError:
         """The error for a call that got no connection."""
