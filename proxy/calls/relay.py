@@ -174,13 +174,13 @@ class Relay:
         call.client.line.mark_admitted(accepted.entry)
         self._durations.began(accepted.entry.id, self._now())
         self._activity.began(call.client.line)
-        self.metrics.in_flight.inc()
+        self.metrics.calls_in_flight += 1
         return Reservation(self._ledger, accepted, binding=call.binding)
 
     def _note_end(self, call: Call, reservation: Reservation) -> None:
         """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
         entry, usage, model = reservation.entry, reservation.charged, call.model_label
-        self.metrics.in_flight.dec()
+        self.metrics.calls_in_flight -= 1
         self._durations.ended(entry.id, self._now())
         self._stored_responses.delete_unless_complete(call, reservation)
         line = call.client.line
