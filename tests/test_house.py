@@ -39,12 +39,12 @@ NOT_IN_PURE = frozenset(
 
 SERVER = ("web", "simulator.server", "server")
 CLOCK = (
-    ("server", "cli", "torture.cli"),
+    ("server", "torture.cli"),
     "take `now` as a parameter, or a `now` function in the constructor; server.py passes the real one",
 )
 ENVIRONMENT = (
-    ("cli", "commands.context", "torture.cli"),
-    "write ${NAME} in the YAML; cli.py passes the environment to config.interpolation",
+    ("commands.context", "commands.serve", "torture.cli"),
+    "write ${NAME} in the YAML; the commands pass the environment to config.interpolation",
 )
 
 # Which name may be used where; the longest prefix that fits decides. Each external library has one place, which also

@@ -5,9 +5,9 @@ about the key. All keys that are not valid get the same answer, so a client that
 was right once, or is right elsewhere. The log says which of these it was.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proxy.config.loader import Config, HeaderSource
 from proxy.config.values import digest, is_email
@@ -212,6 +212,8 @@ class Snapshot:
     admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)
     file: FileDirectory = field(default_factory=lambda: FileDirectory(()), repr=False)
     source_names: tuple[str, ...] = ()
+    # What `calls` has found out for calls by this version. It goes with the version, so it is never stale.
+    terms: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(

@@ -149,6 +149,11 @@ class _Protocol(ResponseHandler):
 
     body: aiohttp.StreamReader | None = None  # of the answer that is being read
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # The library resumes after each read, also what was not paused, and runs its parser for that.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
         if self.body is not None and not self.body.is_eof() and self.body.exception() is None:

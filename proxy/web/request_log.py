@@ -10,9 +10,8 @@ how many there were.
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import structlog
 
@@ -21,7 +20,7 @@ from proxy.identity.keys import KEY_HEADERS
 from proxy.ledger.entry import call_id_prefix
 from proxy.logs import LoggedCalls
 from proxy.metrics import Metrics
-from proxy.upstreams.headers import trace_id
+from proxy.upstreams.headers import NO_HEADERS, Headers, trace_id
 
 _LINES_PER_S = 10
 _LINES_PER_S_IN_ALL = 100
@@ -35,8 +34,6 @@ _ADDRESSES_MAX = 1024
 
 # What the metrics have instead of a path that is not served. A client without a key could make up any number of them.
 _OTHER_PATHS = "other"
-
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -78,7 +75,7 @@ class RequestLog:
         self._addresses: OrderedDict[str, _Budget] = OrderedDict()
         self._all = _Budget(0.0)
 
-    def begin(self, endpoint: str, *, address: str, headers: Mapping[str, str] = _NO_HEADERS) -> LogLine:
+    def begin(self, endpoint: str, *, address: str, headers: Headers = NO_HEADERS) -> LogLine:
         """The line of a request that begins now, with a new id. `headers` find names in any case."""
         id = call_id_prefix(self._now()) + next(self._random)
         line = LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
@@ -140,10 +137,10 @@ def _random_texts() -> Iterator[str]:
             yield drawn[start : start + 20]
 
 
-def _note_ids_of_client(line: LogLine, headers: Mapping[str, str]) -> None:
+def _note_ids_of_client(line: LogLine, headers: Headers) -> None:
     """Note the client's id of the request and of its trace, if they have the form of one and are not its key."""
     keys = [value for name in KEY_HEADERS if (value := headers.get(name)) is not None]
-    trace, id = trace_id(list(headers.items())), headers.get("x-request-id", "").strip(" \t")
+    trace, id = trace_id(headers), headers.get("x-request-id", "").strip(" \t")
     if trace is not None and not any(trace in key for key in keys):
         line.trace = trace
     if _CLIENT_REQUEST.fullmatch(id) and not any(id in key for key in keys):

@@ -373,7 +373,8 @@ class Api:
         """
         line = client.line
         line.is_call = True
-        task = self._running[client.id].call = self.calls.enter()
+        self.calls.enter(client.task)
+        self._running[client.id].call = client.task
         when_lost(request, client.note_disconnect)
         try:
             await self._relay.carry(call, renew)
@@ -390,7 +391,7 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
-            self.calls.leave(task)
+            self.calls.leave(client.task)
             del self._running[client.id]
             self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
             if line.model == OTHER and line.outcome == "complete":
