@@ -211,7 +211,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            self._keep(*texts_of_body(data))
+            self._count_texts([*texts_of_body(data)])
             return event.raw
         return self._see_object(self.chunk, event)
 
