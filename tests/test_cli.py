@@ -150,7 +150,7 @@ def test_serve_makes_no_database_where_there_was_one(workers: str, file: Path, t
         result = _run(*serve, "--new-database")
         assert (result.exit_code, database.exists()) == (2, True)
         assert "in use" in result.stderr
-        assert f'"database": "{database}"' in result.stderr
+        assert f'"database":"{database}"' in result.stderr
         database.unlink()
         assert _run("migrate", "--config", str(file)).exit_code == 0
         assert "in use" in _run(*serve).stderr

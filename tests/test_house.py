@@ -69,6 +69,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
         ("upstreams.sending", "commands.events", "torture.clients", "torture.administrator"),
         "HTTP clients stay in these modules; for the server write `from aiohttp import web`",
     ),
+    "aiohttp.helpers": (("web.response",), "only the Date of an answer is taken from there"),
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),
     "aiohttp.hdrs": (SERVER, "HTTP stays in web; pass plain values to other packages"),
     "yaml": (("config.document",), "ask config.document, which keeps the line of every value"),

@@ -37,7 +37,7 @@ from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
-from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
+from proxy.upstreams.headers import JSON_HEADERS, NO_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
 _ID_CHARACTERS_MAX = 80
@@ -194,7 +194,7 @@ class StoredResponses:
         Returns the status of the answer (None: there was none), and why the response may still exist (None: it is
         gone).
         """
-        headers = to_upstream((), kind=upstream.kind)
+        headers = to_upstream(NO_HEADERS, kind=upstream.kind)
         try:
             async with (
                 asyncio.timeout(_DELETE_S),

@@ -98,7 +98,7 @@ def demo(port: int, admin_port: int) -> None:
     # Through a thread, as the log: a pipe that nobody reads must not keep the demo from being stopped.
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers, closing(logs.LogStream(sys.stdout)) as printed:
         try:
-            uvloop.run(run(port, admin_port, lambda guide: printed.write(f"{guide}\n"), tokenizers))
+            uvloop.run(run(port, admin_port, printed.write, tokenizers))
         except _FIXABLE as error:
             _give_up(str(error), _WRONG)
         except KeyboardInterrupt:

@@ -103,9 +103,9 @@ _PLAIN_NAMES_OF_PARTS = frozenset(map(plain_name, _NAMES_OF_PARTS))
 _SEARCHED_IMAGES_MAX = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
-    """What the model reads of one request: texts, and tokens that are not text.
+    """What the model reads of one request: texts, and tokens that are not text. Nothing changes it.
 
     `overhead` is all tokens beside those of the texts: those around messages, tokens that came as numbers, media.
     `media_tokens` is the part of `overhead` that has no text in the request: images, audio, Anthropic's system prompt
@@ -154,11 +154,12 @@ def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
         elif name in document:
             reader.read_field(document[name], is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
-    if any(isinstance(tool, dict) and "input_schema" in tool for tool in body.tools):
+    if body.tools and any(isinstance(tool, dict) and "input_schema" in tool for tool in body.tools):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
-    for name, value in document.items():
-        if name not in _NOT_PRINTED:
-            reader.add_json({name: value} if len(name) > _KEY_CHARACTERS_MAX else value)
+    if not _NOT_PRINTED.issuperset(document):
+        for name, value in document.items():
+            if name not in _NOT_PRINTED:
+                reader.add_json({name: value} if len(name) > _KEY_CHARACTERS_MAX else value)
     return Prompt(
         texts=tuple(reader.texts),
         overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
@@ -214,8 +215,6 @@ def with_images(prompt: Prompt, *, model: str) -> Prompt:
 
     A request is read once, and priced for each model that it may be sent to.
     """
-    if not prompt.images:
-        return prompt
     price = image_price(model).price
     tokens = sum(price(size, is_low=is_low) for size, is_low in prompt.images)
     return replace(prompt, images=(), overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
@@ -258,7 +257,7 @@ def _has_hidden_input(body: RequestBody) -> bool:
         return True
     if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
         return True
-    return not all(map(is_run_by_client, body.tools))
+    return bool(body.tools) and not all(map(is_run_by_client, body.tools))
 
 
 class _PromptReader:

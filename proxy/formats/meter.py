@@ -74,8 +74,8 @@ class Ending(ABC):
         self.has_finished = False
 
     @abstractmethod
-    def see(self, chunk: JSON) -> None:
-        """Record one chunk or event that passed. It may be kept, so the caller must not change it afterwards.
+    def see(self, chunk: JSON, data: bytes) -> None:
+        """Record one chunk or event that passed, and its data in bytes, which take less memory if they are kept.
 
         Chunks and events of an unexpected shape are ignored.
         """
@@ -143,9 +143,11 @@ class Meter(ABC):
         self._is_contradicted = False  # the upstream stated a smaller output than it had stated before
         self._tokens_counted = 0  # output tokens by our count, in the whole answer, without the pieces that are kept
         self._counted_since_stated = 0  # the same, since the upstream last stated its usage
-        self._pieces: list[list[str]] = []  # texts that are kept: each item is one token or more
+        self._pieces: list[str] = []  # texts that are kept: each is one token or more
         self._pieces_bytes = 0
         self._pieces_stated = 0  # so many of them came before the upstream last stated its usage
+        # `output_seen` or more: texts that are not counted yet are taken for as many tokens as they have bytes.
+        self.output_at_most = 0
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -160,14 +162,6 @@ class Meter(ABC):
             self._count_pieces()
         seen = self._output_stated + self._counted_since_stated
         return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
-
-    @property
-    def output_at_most(self) -> int:
-        """The same, or more: texts that were not counted yet are taken for as many tokens as they have bytes."""
-        if not self._counts_text:
-            return 0
-        seen = max(self._output_stated + self._counted_since_stated, self._tokens_counted)
-        return seen + self._pieces_bytes + self._extra_output
 
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
@@ -217,7 +211,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            self._count_texts([*texts_of_body(data)])
+            self._keep(*texts_of_body(data))
             return event.raw
         return self._see_object(self.chunk, event)
 
@@ -355,6 +349,7 @@ class Meter(ABC):
         if output > before or output >= self._counted:
             self._counted_since_stated = 0
             self._pieces_stated = len(self._pieces)
+        self._bound_output()
 
     def _see_usage(self, usage: object) -> None:
         """Record a usage object, if it is one."""
@@ -373,26 +368,29 @@ class Meter(ABC):
             self._see_usage(usage)
 
     def _count_texts(self, part: object) -> None:
-        """Keep the texts in a piece of the answer, to be counted as at least one token if there is any text."""
-        self._keep([*texts_in(part)])
+        """Keep the texts in a piece of the answer, to be counted."""
+        self._keep(*texts_in(part))
 
-    def _keep(self, texts: list[str]) -> None:
-        """Keep the texts of one piece, none of which is empty."""
-        if texts:
-            self._pieces.append(texts)
-            self._pieces_bytes += sum(map(_bytes_at_most, texts))
+    def _keep(self, *texts: str) -> None:
+        """Keep texts to be counted, each as at least one token. None is empty."""
+        for text in texts:
+            size = len(text) if text.isascii() else 4 * len(text)  # in bytes, or more
+            self._pieces.append(text)
+            self._pieces_bytes += size
+            self.output_at_most += size
             if self._pieces_bytes > _KEPT_BYTES_MAX or len(self._pieces) > _KEPT_PIECES_MAX:
                 self._count_pieces()
 
     def _count_pieces(self) -> None:
         """Count the texts that are kept."""
-        for index, texts in enumerate(self._pieces):
-            tokens = max(1, sum(map(self._count, texts)))
+        for index, text in enumerate(self._pieces):
+            tokens = max(1, self._count(text))
             self._tokens_counted += tokens
             if index >= self._pieces_stated:
                 self._counted_since_stated += tokens
         self._pieces.clear()
         self._pieces_bytes = self._pieces_stated = 0
+        self._bound_output()
 
     @property
     def _counted(self) -> int:
@@ -440,7 +438,7 @@ class Meter(ABC):
         elif isinstance(response, dict):  # it repeats the whole answer
             self._count_missing([*texts_in_other_shape(response)])
         else:
-            self._count_texts([*texts_in_other_shape(event)])
+            self._keep(*texts_in_other_shape(event))
 
     def _count_bytes(self, data: bytes) -> None:
         """Count data that is too large to parse by its length, at four bytes for a token, rounded up."""
@@ -449,11 +447,11 @@ class Meter(ABC):
     def _add_to_count(self, tokens: int) -> None:
         self._tokens_counted += tokens
         self._counted_since_stated += tokens
+        self._bound_output()
 
-
-def _bytes_at_most(text: str) -> int:
-    """The length of a text in bytes, or more."""
-    return len(text) if text.isascii() else 4 * len(text)
+    def _bound_output(self) -> None:
+        seen = max(self._output_stated + self._counted_since_stated, self._tokens_counted)
+        self.output_at_most = seen + self._pieces_bytes + self._extra_output if self._counts_text else 0
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:

@@ -290,7 +290,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     return Counter(window, held=counter.held.concurrent_part())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 

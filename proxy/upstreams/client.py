@@ -67,25 +67,24 @@ class Answer:
     """
 
     def __init__(self, exchange: Exchange, mask: Mask, fetched_key: Secret | None) -> None:
-        headers = exchange.headers
+        headers = self.headers = exchange.headers
         self.mask = mask
         self.fetched_key = fetched_key
         self.status = exchange.status
-        self.headers = list(headers.items())
-        self.retry_after = headers.get("retry-after")
-        self.request_id = headers.get("x-request-id") or headers.get("request-id")
         content_type, _, _ = headers.get("content-type", "").partition(";")
         self.is_event_stream = content_type.strip().lower() == "text/event-stream"
-        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
-        codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-        encoding = _encoding_of(codings) if codings else ""
-        self.is_compressed = encoding != ""
-        self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
         self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
         self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
-        if self.is_compressed and self.is_readable:
-            decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
-            self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
+        self.is_compressed, self.is_readable = False, True
+        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
+        if "content-encoding" in headers or "transfer-encoding" in headers:
+            codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
+            encoding = _encoding_of(codings)
+            self.is_compressed = encoding != ""
+            self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
+            if self.is_compressed and self.is_readable:
+                decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+                self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
         self._exchange = exchange
@@ -101,16 +100,24 @@ class Answer:
         self._exchange.end()
 
     @property
+    def retry_after(self) -> str | None:
+        """The value of its `Retry-After`."""
+        return self.headers.get("retry-after")
+
+    @property
+    def request_id(self) -> str | None:
+        """The upstream's id of the request: OpenAI's name is x-request-id, Anthropic's request-id."""
+        return self.headers.get("x-request-id") or self.headers.get("request-id")
+
+    @property
     def status_reason(self) -> str:
         """The status for the log, and which server a redirect leads to: `status 302, to https://llm.example`.
 
         Redirects are not followed. A `base_url` with http instead of https is often answered with one. The rest of
         the address is left out, because it may repeat what the client sent.
         """
-        if self.status // 100 == 3:
-            location = next((value for name, value in self.headers if name.lower() == "location"), "")
-            if server := _SERVER.match(location):
-                return f"status {self.status}, to {server[1]}{server[2]}"
+        if self.status // 100 == 3 and (server := _SERVER.match(self.headers.get("location", ""))):
+            return f"status {self.status}, to {server[1]}{server[2]}"
         return f"status {self.status}"
 
     async def is_decodable(self) -> bool:
@@ -166,16 +173,17 @@ class Answer:
             self._next = partial(_raise, error)
         return None
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, decompressed.
+    def next_chunk(self) -> Awaitable[bytes]:
+        """Wait for the next bytes of the body, decompressed. None are left if it gives none.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
         begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
-        beginning, self._beginning = self._beginning, []
-        for chunk in beginning:
-            yield chunk
-        while chunk := await self._next():
+        return _given(self._beginning.pop(0)) if self._beginning else self._next()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
+        while chunk := await self.next_chunk():
             yield chunk
 
     async def read(self) -> bytes:
@@ -311,6 +319,10 @@ class Upstreams:
 
 def _encoding_of(codings: list[str]) -> str:
     return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
+
+
+async def _given(chunk: bytes) -> bytes:
+    return chunk
 
 
 async def _raise(error: UpstreamError) -> bytes:

@@ -10,42 +10,44 @@ an answer it would name the operator's account to every user.
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping
+
+from multidict import CIMultiDict, MultiMapping
 
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
 from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
 
-Headers = Sequence[tuple[str, str]]
+# The headers of a request or an answer, whose names are found in any case.
+Headers = MultiMapping[str]
 
+NO_HEADERS: Headers = CIMultiDict()
 # Our value of `Server`. By default the HTTP library would name itself and its version.
 SERVER_NAME = "llm-quota-proxy"
 # The headers of every JSON answer that the proxy itself writes.
 JSON_HEADERS = {"content-type": "application/json", "cache-control": "no-store"}
 
-_TO_UPSTREAM = frozenset(
-    (
-        "accept",
-        "anthropic-version",
-        "http-referer",
-        "openai-beta",
-        "traceparent",
-        "tracestate",
-        "user-agent",
-        "x-title",
-    )
+# What no line of a head may have. A line break would begin another line.
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+_TO_UPSTREAM = (
+    "accept",
+    "anthropic-version",
+    "http-referer",
+    "openai-beta",
+    "traceparent",
+    "tracestate",
+    "user-agent",
+    "x-title",
 )
-_TO_CLIENT = frozenset(
-    (
-        "content-type",
-        "content-language",
-        "openai-processing-ms",
-        "openai-version",
-        "request-id",
-        "x-request-id",
-    )
+_TO_CLIENT = (
+    "content-type",
+    "content-language",
+    "openai-processing-ms",
+    "openai-version",
+    "request-id",
+    "x-request-id",
 )
-_IDEMPOTENCY_KEY = ("idempotency-key",)
 # W3C Trace Context §3.2: version 00, the id of the trace, that of the caller's span, and flags. Ids of zeros are not
 # valid. A later version may have another form, so it is not passed on.
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -75,8 +77,9 @@ def to_upstream(
     """
     sent = _passed(headers, _TO_UPSTREAM)
     if "traceparent" in sent or "tracestate" in sent:
-        context = _trace_context([header for header in headers if header[0].lower() in sent])
-        sent = {name: value for name, value in sent.items() if not name.startswith("trace")} | context
+        has_state = sent.pop("tracestate", None) is not None
+        if sent.pop("traceparent", None) is not None:
+            sent |= _trace_context(headers, has_state=has_state)
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     of = kind_of(kind)
@@ -98,8 +101,8 @@ def idempotency_header(
     hashing likely names. If the key is fetched, what it is fetched with takes its place: the hash must stay the same
     when the key changes.
     """
-    client_key = _passed(headers, _IDEMPOTENCY_KEY).get("idempotency-key")
-    if not client_key:
+    client_key = headers.get("idempotency-key")
+    if not client_key or not _passed(headers, ("idempotency-key",)):
         return {}
     text = "\0".join((_lasting_secret(api_key), user, client_key))
     return {"idempotency-key": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
@@ -125,11 +128,11 @@ def trace_id(headers: Headers) -> str | None:
 
 def _traceparent(headers: Headers) -> re.Match[str] | None:
     """The client's `traceparent`; None if it is not valid or not the only one."""
-    parents = [value.strip(" \t") for name, value in headers if name.lower() == "traceparent"]
-    return _TRACEPARENT.fullmatch(parents[0]) if len(parents) == 1 else None
+    parents = headers.getall("traceparent", [])
+    return _TRACEPARENT.fullmatch(parents[0].strip(" \t")) if len(parents) == 1 else None
 
 
-def _trace_context(headers: Headers) -> dict[str, str]:
+def _trace_context(headers: Headers, *, has_state: bool) -> dict[str, str]:
     """The client's `traceparent` and `tracestate` as far as they are valid, unchanged.
 
     The proxy has no spans of its own, so the upstream's span is a child of the client's (W3C Trace Context §3.4, a
@@ -142,7 +145,7 @@ def _trace_context(headers: Headers) -> dict[str, str]:
     items = [item for item in _list_items(headers, "tracestate") if item]
     state = ",".join(items)
     is_bounded = len(items) <= _TRACESTATE_ITEMS_MAX and len(state) <= _TRACESTATE_CHARACTERS_MAX
-    if items and is_bounded and all(map(_TRACESTATE_ITEM.fullmatch, items)):
+    if has_state and items and is_bounded and all(map(_TRACESTATE_ITEM.fullmatch, items)):
         context["tracestate"] = state
     return context
 
@@ -169,23 +172,33 @@ def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
 
 
-def _passed(headers: Headers, names: Collection[str]) -> dict[str, str]:
-    """The headers with these names, in lower case, except those that `Connection` lists: they are for one connection.
+def _passed(headers: Headers, names: Iterable[str]) -> dict[str, str]:
+    """The headers with these names, except those that `Connection` lists: they are for one connection.
 
-    Of several headers with one name the last one passes.
+    Of several headers with one name the first one passes.
     """
-    passed, connection = {}, ""
-    for name, value in headers:
-        lower = name.lower()
-        if lower in names:
-            passed[lower] = value
-        elif lower == "connection":
-            connection = f"{connection},{value}"
-    for name in connection.split(",") if connection else ():
-        passed.pop(name.strip().lower(), None)
+    passed = {}
+    for name in names:
+        value = headers.get(name)
+        if value is not None:
+            passed[name] = value
+    if "connection" in headers:
+        for name in _list_items(headers, "connection"):
+            passed.pop(name.lower(), None)
     return passed
 
 
 def _list_items(headers: Headers, name: str) -> list[str]:
     """The comma-separated items of all headers with this name (RFC 9110 §5.6.1)."""
-    return [item.strip() for header, value in headers if header.lower() == name for item in value.split(",")]
+    return [item.strip() for value in headers.getall(name, []) for item in value.split(",")]
+
+
+def header_lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
+    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out.
+
+    Raises ValueError if one of them has a control character.
+    """
+    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
+    if CONTROL.search("".join(lines)):
+        raise ValueError("a header has a control character")
+    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")

@@ -23,7 +23,7 @@ from proxy.policy.catalog import Model, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Upstreams
-from proxy.upstreams.headers import to_upstream
+from proxy.upstreams.headers import NO_HEADERS, to_upstream
 
 # How long a list is used before it is fetched again, and after how long a fetch that failed is repeated.
 REFRESH_MS = 300_000
@@ -155,7 +155,7 @@ class ModelLists:
 
     async def read(self, upstream: Upstream, path: str) -> bytes:
         """The body of the list. Raises UpstreamError, NotListed, and ValueError if it is no list of a usual size."""
-        headers = to_upstream((), kind=upstream.kind)
+        headers = to_upstream(NO_HEADERS, kind=upstream.kind)
         address = address_at(upstream, path, api_version=None)
         async with await self._upstreams.send(upstream, address, b"", headers, method="GET") as answer:
             if answer.status != 200:

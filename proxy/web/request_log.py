@@ -7,12 +7,11 @@ from one address, and 100 a second in all. The others are counted in a metric, a
 how many there were.
 """
 
+import os
 import re
-import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import structlog
 
@@ -21,7 +20,7 @@ from proxy.identity.keys import KEY_HEADERS
 from proxy.ledger.entry import call_id_prefix
 from proxy.logs import LoggedCalls
 from proxy.metrics import Metrics
-from proxy.upstreams.headers import trace_id
+from proxy.upstreams.headers import NO_HEADERS, Headers, trace_id
 
 _LINES_PER_S = 10
 _LINES_PER_S_IN_ALL = 100
@@ -35,10 +34,6 @@ _ADDRESSES_MAX = 1024
 
 # What the metrics have instead of a path that is not served. A client without a key could make up any number of them.
 _OTHER_PATHS = "other"
-
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
-log = structlog.get_logger("requests")
 
 
 @dataclass(slots=True)
@@ -75,12 +70,14 @@ class RequestLog:
         self._metrics = metrics
         self._clock = clock
         self._now = now
+        self._random = _random_texts()
+        self._log = structlog.get_logger("requests").bind()  # once, because it takes longer than to write a line
         self._addresses: OrderedDict[str, _Budget] = OrderedDict()
         self._all = _Budget(0.0)
 
-    def begin(self, endpoint: str, *, address: str, headers: Mapping[str, str] = _NO_HEADERS) -> LogLine:
+    def begin(self, endpoint: str, *, address: str, headers: Headers = NO_HEADERS) -> LogLine:
         """The line of a request that begins now, with a new id. `headers` find names in any case."""
-        id = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
+        id = call_id_prefix(self._now()) + next(self._random)
         line = LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
         if "x-request-id" in headers or "traceparent" in headers:
             _note_ids_of_client(line, headers)
@@ -99,11 +96,11 @@ class RequestLog:
         if setting == "none" or (setting == "refusals" and line.error is None):
             return
         if line.is_identified:
-            log.info("request", **line.fields(status))
+            self._log.info("request", **line.fields(status))
             return
         skipped = self._skipped_before(line)
         if skipped is not None:
-            log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
+            self._log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
 
     def _measure(self, line: LogLine, status: int) -> None:
         metrics = self._metrics
@@ -132,10 +129,18 @@ class RequestLog:
         return skipped
 
 
-def _note_ids_of_client(line: LogLine, headers: Mapping[str, str]) -> None:
+def _random_texts() -> Iterator[str]:
+    """Random texts of 80 bits in hex. The system is asked for many at a time, because each question takes a while."""
+    while True:
+        drawn = os.urandom(2560).hex()
+        for start in range(0, len(drawn), 20):
+            yield drawn[start : start + 20]
+
+
+def _note_ids_of_client(line: LogLine, headers: Headers) -> None:
     """Note the client's id of the request and of its trace, if they have the form of one and are not its key."""
     keys = [value for name in KEY_HEADERS if (value := headers.get(name)) is not None]
-    trace, id = trace_id(list(headers.items())), headers.get("x-request-id", "").strip(" \t")
+    trace, id = trace_id(headers), headers.get("x-request-id", "").strip(" \t")
     if trace is not None and not any(trace in key for key in keys):
         line.trace = trace
     if _CLIENT_REQUEST.fullmatch(id) and not any(id in key for key in keys):

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.formats.kinds import KINDS, kind_of
 from proxy.formats.mask import Mask
 from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
-from proxy.upstreams.headers import idempotency_header, to_client, to_upstream, trace_id
+from proxy.upstreams.headers import NO_HEADERS, idempotency_header, to_client, to_upstream, trace_id
 
 KEY = Secret("sk-of-the-operator")
 OURS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -34,12 +35,12 @@ def ours(kind: str) -> dict[str, str]:
 
 def up(*headers: tuple[str, str], kind: str = "openai") -> dict[str, str]:
     """The headers that an upstream gets if the client sends these, without our key."""
-    return to_upstream(headers, kind=kind)
+    return to_upstream(CIMultiDict(headers), kind=kind)
 
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
     """The headers that a client gets if the upstream sends these."""
-    return to_client(headers, is_stream=is_stream, mask=Mask(None))
+    return to_client(CIMultiDict(headers), is_stream=is_stream, mask=Mask(None))
 
 
 # ---------------------------------------------------------------------------------------------------- to the upstream
@@ -57,7 +58,7 @@ def test_a_trace_is_passed_on_unchanged(parent: str) -> None:
     assert up(("Traceparent", parent), ("TraceState", state)) == {**expected, "tracestate": state}
     several = [("tracestate", part) for part in ("", *state.split(","), " ")]
     assert up(("traceparent", parent), *several) == {**expected, "tracestate": state}
-    assert trace_id([("TraceParent", f" {parent} ")]) == parent[3:35]
+    assert trace_id(CIMultiDict({"TraceParent": f" {parent} "})) == parent[3:35]
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_a_trace_is_passed_on_unchanged(parent: str) -> None:
 def test_a_trace_that_is_not_valid_is_dropped_with_its_state(parent: str) -> None:
     """So is one of a version that may have another form."""
     assert up(("traceparent", parent), ("tracestate", "a=b")) == up()
-    assert trace_id([("traceparent", parent)]) is None
+    assert trace_id(CIMultiDict({"traceparent": parent})) is None
 
 
 def test_two_traces_are_none() -> None:
     """Nobody knows which of them it is."""
     assert up(("traceparent", PARENT), ("Traceparent", PARENT)) == up()
-    assert trace_id([("traceparent", PARENT)] * 2) is None
+    assert trace_id(CIMultiDict([("traceparent", PARENT)] * 2)) is None
     assert up(("tracestate", "a=b")) == up()
     assert up(("traceparent", PARENT), ("connection", "traceparent"), ("tracestate", "a=b")) == up()
 
@@ -182,7 +183,7 @@ def test_an_idempotency_key_is_different_for_each_user(api_key: Secret | None) -
 
     def sent(user: str, said: str, *more: tuple[str, str]) -> dict[str, str]:
         assert up(("Idempotency-Key", said), *more) == up()
-        return idempotency_header([("Idempotency-Key", said), *more], user=user, api_key=api_key)
+        return idempotency_header(CIMultiDict([("Idempotency-Key", said), *more]), user=user, api_key=api_key)
 
     assert sent("alice", "1") == sent("alice", "1")
     owners = [("alice", "1"), ("bob", "1"), ("alice", "2"), ("alice", "\udce4")]
@@ -199,7 +200,7 @@ def test_an_idempotency_key_is_different_for_each_user(api_key: Secret | None) -
 )
 def test_an_idempotency_key_stays_the_same_when_a_key_is_fetched(source: KeyCommand | OAuthClient) -> None:
     """The hash of a repeated request must not change with the token, and it has the secret in it."""
-    headers = [("Idempotency-Key", "1")]
+    headers = CIMultiDict({"Idempotency-Key": "1"})
     sent = idempotency_header(headers, user="alice", api_key=source)
     assert sent == idempotency_header(headers, user="alice", api_key=replace(source))
     assert sent != idempotency_header(headers, user="alice", api_key=None)
@@ -232,7 +233,7 @@ def test_the_version_of_anthropic_s_api_is_the_client_s_if_it_names_one() -> Non
 def test_a_beta_is_forwarded_if_the_operator_allows_it(kind: str, allowed: list[str], sent: str | None) -> None:
     """All others are removed, from every header that lists betas."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
-    passed = to_upstream(headers, kind=kind, betas=allowed)
+    passed = to_upstream(CIMultiDict(headers), kind=kind, betas=allowed)
     assert passed.get("anthropic-beta") == sent
 
 
@@ -240,9 +241,9 @@ def test_a_beta_that_changes_neither_price_nor_access_is_always_forwarded() -> N
     """Whatever else the operator allows. Betas that cost more or give access to more are not among them."""
     asked = ("claude-code-20250219", "context-1m-2025-08-07", "context-management-2025-06-27", "fast-mode-2026-02-01")
     headers = [("anthropic-beta", ",".join(asked))]
-    sent = to_upstream(headers, kind="anthropic")["anthropic-beta"]
+    sent = to_upstream(CIMultiDict(headers), kind="anthropic")["anthropic-beta"]
     assert sent == "claude-code-20250219,context-management-2025-06-27"
-    sent = to_upstream(headers, kind="anthropic", betas=["context-1m-2025-08-07"])["anthropic-beta"]
+    sent = to_upstream(CIMultiDict(headers), kind="anthropic", betas=["context-1m-2025-08-07"])["anthropic-beta"]
     assert sent == "claude-code-20250219,context-1m-2025-08-07,context-management-2025-06-27"
 
 
@@ -344,7 +345,7 @@ def test_a_value_with_control_characters_is_dropped(value: str) -> None:
 @pytest.mark.parametrize("kind", tuple(KINDS))
 def test_llama_cpp_is_asked_to_close_the_connection_after_a_stream(kind: str) -> None:
     """It closes it in any case but announces `keep-alive`. Connections to other kinds are kept."""
-    sent = to_upstream((), kind=kind, is_stream=True)
+    sent = to_upstream(NO_HEADERS, kind=kind, is_stream=True)
     assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
 
 
@@ -365,7 +366,7 @@ def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], ki
     sent = up(*headers, kind=kind)
     assert sent.keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
     assert {**sent, **OURS} == sent
-    passed = to_client(headers, is_stream=is_stream, mask=Mask(None))
+    passed = to_client(CIMultiDict(headers), is_stream=is_stream, mask=Mask(None))
     added = {"x-upstream-request-id", "cache-control", "x-accel-buffering"}
     assert passed.keys() <= added | {name.lower() for name in PASSED_DOWN}
     assert all(value.isprintable() for value in passed.values())

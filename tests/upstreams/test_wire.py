@@ -222,7 +222,7 @@ async def test_a_complete_answer(answer: bytes, body: bytes, is_kept: bool, step
             async with await upstreams.send(server.up, "/x", b"{}", {}) as found:
                 assert found.status == (int(answer[9:12]) if answer[9:10] != b"1" else 200)
                 assert await found.read() == body
-                assert not {"x-hint", "x-trailer"} & {name.lower() for name, _ in found.headers}
+                assert not {"x-hint", "x-trailer"} & {name.lower() for name in found.headers}
         assert server.connected == (1 if is_kept else 2)
 
 
@@ -271,8 +271,8 @@ async def test_headers_are_handed_out_as_they_came() -> None:
         wire(answering(head)) as (server, upstreams),
         await upstreams.send(server.up, "/x", b"{}", {}) as answer,
     ):
-        assert [value for name, value in answer.headers if name.lower() == "set-cookie"] == ["a", "b"]
-        assert dict(answer.headers)["X-Text"] == "caf\udce9 é"
+        assert answer.headers.getall("set-cookie") == ["a", "b"]
+        assert answer.headers["X-Text"] == "caf\udce9 é"
 
 
 # ----------------------------------------------------------------------------------------------------- broken answers
