@@ -246,8 +246,6 @@ class Server:
         )
         self._clock = clock
         self._settings = config.settings
-        # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
-        self._admin_at = self._inherited.admin or (None if self._inherited.api else config.settings.admin)
         self._admin = None if self._admin_at is None else self._admin_listener(store)
         self._jobs = Tasks()
         self._listeners: dict[str, Listener] = {}  # by the settings of their addresses
@@ -276,6 +274,14 @@ class Server:
             disconnects=disconnects,
             now=now,
         )
+
+    @property
+    def _admin_at(self) -> Address | tuple[int, ...] | None:
+        """Where the admin listener listens.
+
+        A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
+        """
+        return self._inherited.admin or (None if self._inherited.api else self._settings.admin)
 
     @property
     def shutdown_delay_s(self) -> float:

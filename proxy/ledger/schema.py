@@ -444,8 +444,8 @@ def migrate(connection: Connection, name: str = "The database") -> None:
     if revision in (HEAD, NEXT):
         return
     if revision is None and connection.dialect.name == "sqlite":
-        metadata.create_all(connection)
-        _revisions.create(connection)
+        metadata.create_all(connection, checkfirst=False)  # a table of another program is an error
+        _revisions.create(connection, checkfirst=False)
         connection.execute(directory.insert().values(id=1, version=1))
         connection.execute(_revisions.insert().values(version_num=HEAD))
         return
