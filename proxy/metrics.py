@@ -145,6 +145,8 @@ class Metrics:
         )
 
     def _add_calls(self) -> None:
+        # Of calls that have ended, by the parameters of `ended`: their number, input, output and hidden tokens.
+        self._ended: defaultdict[tuple[str | None, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self.calls = self._counter(
             "llm_quota_calls", "Admitted calls that have ended, by outcome", "endpoint", "model", "outcome"
         )
@@ -323,27 +325,43 @@ class Metrics:
         self.group_refusals.new[quota.partition("/")[0], model, quota, verdict] += 1
 
     def ended(
-        self, *, endpoint: str, group: str, model: str, outcome: str | None, would_refuse: Iterable[str]
+        self,
+        endpoint: str,
+        group: str,
+        model: str,
+        outcome: str | None,
+        *,
+        would_refuse: Iterable[str] = (),
+        charged: tuple[str, int, int, int] | None = None,
     ) -> None:
         """Count an admitted call that has ended.
 
         `group` admitted it, and `model` has to come from a closed list. `would_refuse` has the ids of the quotas with
-        `enforce: shadow` that would have refused the call.
+        `enforce: shadow` that would have refused the call. `charged` has the provenance of its usage, the tokens of
+        input and output, and how many of them were beyond its reservation; None: it was charged nothing.
         """
-        self.calls.new[endpoint, model, outcome] += 1
-        self.group_calls.new[group, model, outcome] += 1
+        provenance, input_tokens, output_tokens, hidden = charged or (None, 0, 0, 0)
+        sums = self._ended[endpoint, group, model, outcome, provenance]
+        sums[0] += 1
+        sums[1] += input_tokens
+        sums[2] += output_tokens
+        sums[3] += hidden
         for quota_id in would_refuse:
             self.shadow_refusals.new[quota_id,] += 1
 
-    def charged(
-        self, *, group: str, model: str, input_tokens: int, output_tokens: int, provenance: str, hidden: int
-    ) -> None:
-        """Count the tokens that a call was charged. `hidden` of them were beyond its reservation."""
-        self.tokens.new[model, "input", provenance] += input_tokens
-        self.tokens.new[model, "output", provenance] += output_tokens
-        self.group_tokens.new[group, model, "input"] += input_tokens
-        self.group_tokens.new[group, model, "output"] += output_tokens
-        self.hidden.new[model,] += hidden
+    def _count_ended(self) -> None:
+        """Count the calls that have ended since the last time in each of their metrics."""
+        for (endpoint, group, model, outcome, provenance), sums in self._ended.items():
+            calls, input_tokens, output_tokens, hidden = sums
+            self.calls.new[endpoint, model, outcome] += calls
+            self.group_calls.new[group, model, outcome] += calls
+            if provenance is not None:
+                self.tokens.new[model, "input", provenance] += input_tokens
+                self.tokens.new[model, "output", provenance] += output_tokens
+                self.group_tokens.new[group, model, "input"] += input_tokens
+                self.group_tokens.new[group, model, "output"] += output_tokens
+                self.hidden.new[model,] += hidden
+        self._ended.clear()
 
     def answered(self, upstream: str, model: str, *, is_stated: bool, counted: tuple[int, int] | None) -> None:
         """Count a complete answer that generated tokens. `is_stated`: the upstream has stated its usage.
@@ -417,6 +435,7 @@ class Metrics:
         return generate_latest(self._exposed)
 
     def _flush(self) -> None:
+        self._count_ended()
         for counts in self._counts:
             if counts.new:
                 counts.flush()

@@ -22,9 +22,9 @@ def test_an_ended_call_is_counted_with_the_tokens_that_it_was_charged() -> None:
     """By outcome, direction and provenance. Tokens beyond the reservation have a counter of their own."""
     metrics = Metrics()
     call = {"endpoint": "chat", "group": "staff", "model": "fast"}
-    metrics.ended(**call, outcome="complete", would_refuse=["staff/trial"])
-    metrics.charged(group="staff", model="fast", input_tokens=130, output_tokens=205, provenance="exactly", hidden=35)
-    metrics.ended(**call, outcome="upstream_failed", would_refuse=())
+    charged = ("exactly", 130, 205, 35)
+    metrics.ended(**call, outcome="complete", would_refuse=["staff/trial"], charged=charged)
+    metrics.ended(**call, outcome="upstream_failed")
     text = metrics.exposition().decode()
     assert 'llm_quota_calls_total{endpoint="chat",model="fast",outcome="complete"} 1.0' in text
     assert 'llm_quota_calls_total{endpoint="chat",model="fast",outcome="upstream_failed"} 1.0' in text

@@ -138,7 +138,7 @@ class ChatMeter(Meter):
                 self._has_finish = self._has_finish or _has_finish(choices)
             text = plain_text(choices)
             if text:
-                self._keep([text])
+                self._keep(text)
             elif text is None:
                 self._count_texts(without_usages(choices) if has_usage else choices)
         elif not isinstance(chunk.get("usage"), dict):
@@ -243,16 +243,15 @@ class ChatEnding(Ending):
         super().__init__()
         self._is_chat = is_chat
         self._choices = choices
-        self._first: JSON = {}
-        self._last: JSON = {}  # the last chunk with a choice
+        self._first = self._last = b""  # the first chunk, and the last one with a choice
         self._begun: set[int] = set()  # indices of the choices that have had a chunk
         self._finished: set[int] = set()  # indices of the choices that have a finish_reason
 
-    def see(self, chunk: JSON) -> None:
-        """Record one chunk that passed. It is kept, so the caller must not change it afterwards."""
+    def see(self, chunk: JSON, data: bytes) -> None:
+        """Record one chunk that passed."""
         choices = chunk.get("choices")
         if isinstance(choices, list) and choices:
-            self._last = chunk
+            self._last = data
             for choice in choices:
                 index = choice.get("index", 0) if isinstance(choice, dict) else None
                 # A choice that was not requested gets no end. It is not recorded either, because an upstream could
@@ -262,7 +261,7 @@ class ChatEnding(Ending):
                     if choice.get("finish_reason"):  # some servers write "" instead of null
                         self._finished.add(index)
         if not self._first:
-            self._first = chunk
+            self._first = data
         self.has_finished = len(self._finished) >= self._choices
 
     def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
@@ -272,11 +271,12 @@ class ChatEnding(Ending):
 
     def _missing_chunks(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
         # Azure's first chunk is `{"id":"","model":"","created":0,"choices":[],…}`, so the last chunk overrides it.
-        passed = {**self._first, **self._last}
+        last = read_object(self._last) or {}
+        passed = {**(read_object(self._first) or {}), **last}
         head = {name: passed[name] for name in _HEAD_MEMBERS if name in passed}
         head = head or (_UNKNOWN_CHAT if self._is_chat else _UNKNOWN_COMPLETION)
         # If usage is requested, OpenAI writes `"usage": null` on all chunks but the last; vLLM and Ollama do not.
-        null_usage = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
+        null_usage = {"usage": None} if shows_usage and last.get("usage", 0) is None else {}
         for index in range(self._choices):
             if index not in self._finished:
                 yield {**head, "choices": [self._cut_choice(index)], **null_usage}

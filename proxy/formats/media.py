@@ -115,7 +115,7 @@ class MediaEnding(Ending):
 
     __slots__ = ()
 
-    def see(self, chunk: JSON) -> None:
+    def see(self, chunk: JSON, data: bytes) -> None:
         """Record nothing: an event may have megabytes of an image."""
 
     def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:

@@ -75,8 +75,8 @@ class Ending(ABC):
         self.has_finished = False
 
     @abstractmethod
-    def see(self, chunk: JSON) -> None:
-        """Record one chunk or event that passed. It may be kept, so the caller must not change it afterwards.
+    def see(self, chunk: JSON, data: bytes) -> None:
+        """Record one chunk or event that passed, and its data in bytes, which take less memory if they are kept.
 
         Chunks and events of an unexpected shape are ignored.
         """
@@ -154,7 +154,7 @@ class Meter(ABC):
         self._choices = request.choices
         self._strips_usage = request.adds_usage
         self._generates = request.endpoint.generates
-        self._pieces: list[list[str]] = []  # texts that are kept: each item is one token or more
+        self._pieces: list[str] = []  # texts that are kept: each is one token or more
 
     @cached_property
     def ending(self) -> Ending:
@@ -212,7 +212,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            self._count_texts([*texts_of_body(data)])
+            self._keep(*texts_of_body(data))
             return event.raw
         return self._see_object(self.chunk, event)
 
@@ -357,16 +357,14 @@ class Meter(ABC):
             self._see_usage(usage)
 
     def _count_texts(self, part: object) -> None:
-        """Keep the texts in a piece of the answer, to be counted as at least one token if there is any text."""
-        self._keep([*texts_in(part)])
+        """Keep the texts in a piece of the answer, to be counted."""
+        self._keep(*texts_in(part))
 
-    def _keep(self, texts: list[str]) -> None:
-        """Keep the texts of one piece, none of which is empty."""
-        if texts:
-            size = 0
-            for text in texts:
-                size += len(text) if text.isascii() else 4 * len(text)  # its bytes, or more
-            self._pieces.append(texts)
+    def _keep(self, *texts: str) -> None:
+        """Keep texts to be counted, each as at least one token. None is empty."""
+        for text in texts:
+            size = len(text) if text.isascii() else 4 * len(text)  # in bytes, or more
+            self._pieces.append(text)
             self._pieces_bytes += size
             self.output_at_most += size
             if self._pieces_bytes > _KEPT_BYTES_MAX or len(self._pieces) > _KEPT_PIECES_MAX:
@@ -374,8 +372,8 @@ class Meter(ABC):
 
     def _count_pieces(self) -> None:
         """Count the texts that are kept."""
-        for index, texts in enumerate(self._pieces):
-            tokens = max(1, sum(map(self._count, texts)))
+        for index, text in enumerate(self._pieces):
+            tokens = max(1, self._count(text))
             self._tokens_counted += tokens
             if index >= self._pieces_stated:
                 self._counted_since_stated += tokens
@@ -429,7 +427,7 @@ class Meter(ABC):
         elif isinstance(response, dict):  # it repeats the whole answer
             self._count_missing([*texts_in_other_shape(response)])
         else:
-            self._count_texts([*texts_in_other_shape(event)])
+            self._keep(*texts_in_other_shape(event))
 
     def _count_bytes(self, data: bytes) -> None:
         """Count data that is too large to parse by its length, at four bytes for a token, rounded up."""

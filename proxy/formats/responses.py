@@ -256,7 +256,7 @@ class ResponsesEnding(Ending):
         self._items: dict[int, _Item] = {}  # by output index
         self._number = -1  # the last sequence_number
 
-    def see(self, chunk: JSON) -> None:
+    def see(self, chunk: JSON, data: bytes) -> None:
         """Record one event that passed."""
         kind = chunk.get("type")
         if not isinstance(kind, str):

@@ -42,8 +42,8 @@ class Stream:
         self._mask = mask
         self._piece_mask: PieceMask | None = None  # of an event that is too large and not at its end
         self._splitter = Splitter()
-        self._events: list[Event] = []  # behind the blocked one; the meter has not seen them yet
-        self._blocked: bytes | None = None  # the bytes for the client of an event that exceeds the hold
+        self._events: list[Event] = []  # one that exceeds the hold, and those behind it
+        self._blocked: bytes | None = None  # the bytes for the client of the first of them
         self._end = bytearray()
         self._newline = b"\n"
 
@@ -60,18 +60,18 @@ class Stream:
         """
         meter, end = self._meter, self._end
         ready: list[bytes] = []
-        events, position, shown = self._events + self._splitter.feed(chunk), 0, self._blocked
-        while shown is not None or position < len(events):
+        events, shown = self._events + self._splitter.feed(chunk), self._blocked
+        seen = 0 if shown is None else 1
+        while shown is not None or seen < len(events):
             # Each event is counted first and forwarded if the count is covered.
             if shown is None:
-                shown = self._see(events[position])
-                position += 1
+                shown = self._see(events[seen])
+                seen += 1
             # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after
             # one word needs no hold, it is charged by the settlement.
             if not (meter.is_at_end or meter.output_at_most <= covered or meter.output_seen <= covered):
                 break
-            if meter.chunk is not None:
-                meter.ending.see(meter.chunk)
+            self._note_passed(events[seen - 1])
             if meter.is_at_end:
                 end += shown
             elif end:  # text after a usage chunk: that was not the end
@@ -80,7 +80,7 @@ class Stream:
             else:
                 ready.append(shown)
             shown = None
-        self._events, self._blocked = events[position:], shown
+        self._events, self._blocked = events[seen if shown is None else seen - 1 :], shown
         self.is_over, self.is_waiting_for_hold = meter.is_over, shown is not None
         if len(end) > _END_BYTES_MAX:
             raise UpstreamError("The upstream's answer never ends: more than 16 MiB followed its last text.")
@@ -97,8 +97,7 @@ class Stream:
             meter, event = self._meter, replace(Splitter().feed(left + b"\n\n")[0], raw=left)
             shown = self._see(event, is_cut=True)
             if meter.is_at_end or meter.output_seen <= covered:
-                if meter.chunk is not None:
-                    meter.ending.see(meter.chunk)
+                self._note_passed(event)
                 self._end += shown
         self._end += self._mask.anywhere(self._meter.end())
 
@@ -113,6 +112,12 @@ class Stream:
         """The bytes that end a stream which is stopped here; `usage` is what the call is charged."""
         end = self._meter.ending.at_limit(usage, shows_usage=self._meter.shows_usage, newline=self._newline)
         return self._mask.anywhere(end)  # it repeats the ids and names of the events as they came
+
+    def _note_passed(self, event: Event) -> None:
+        meter = self._meter
+        if meter.chunk is not None and event.data is not None:
+            meter.ending.see(meter.chunk, event.data)
+            meter.chunk = None  # of all streams together these would be the most memory
 
     def _see(self, event: Event, *, is_cut: bool = False) -> bytes:
         if event.raw.endswith(b"\r\n"):

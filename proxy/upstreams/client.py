@@ -71,20 +71,20 @@ class Answer:
         self.mask = mask
         self.fetched_key = fetched_key
         self.status = exchange.status
-        self.retry_after = headers.get("retry-after")
-        self.request_id = headers.get("x-request-id") or headers.get("request-id")
         content_type, _, _ = headers.get("content-type", "").partition(";")
         self.is_event_stream = content_type.strip().lower() == "text/event-stream"
-        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
-        codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-        encoding = _encoding_of(codings) if codings else ""
-        self.is_compressed = encoding != ""
-        self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
         self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
         self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
-        if self.is_compressed and self.is_readable:
-            decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
-            self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
+        self.is_compressed, self.is_readable = False, True
+        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
+        if "content-encoding" in headers or "transfer-encoding" in headers:
+            codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
+            encoding = _encoding_of(codings)
+            self.is_compressed = encoding != ""
+            self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
+            if self.is_compressed and self.is_readable:
+                decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+                self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
         self._exchange = exchange
@@ -98,6 +98,16 @@ class Answer:
     def close(self) -> None:
         """Close the connection, or keep it for another call if the whole body was read."""
         self._exchange.end()
+
+    @property
+    def retry_after(self) -> str | None:
+        """The value of its `Retry-After`."""
+        return self.headers.get("retry-after")
+
+    @property
+    def request_id(self) -> str | None:
+        """The upstream's id of the request: OpenAI's name is x-request-id, Anthropic's request-id."""
+        return self.headers.get("x-request-id") or self.headers.get("request-id")
 
     @property
     def status_reason(self) -> str:

@@ -12,9 +12,8 @@ relied on.
 
 import asyncio
 import os
-import re
 import ssl
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from math import inf
 
@@ -31,7 +30,7 @@ from proxy.formats.kinds import kind_of
 from proxy.policy.catalog import FETCHED_KEYS, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.failures import mask_of
-from proxy.upstreams.headers import SERVER_NAME
+from proxy.upstreams.headers import CONTROL, SERVER_NAME, header_lines
 from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
 from proxy.upstreams.spool import Spliced
 
@@ -42,8 +41,6 @@ _ONE_WRITE_BYTES_MAX = 2**20
 _PIECE_BYTES = 2**18
 # Sent with a call that has no such header. A client's own name passes; the library would name itself and Python.
 _DEFAULT_HEADERS = {"accept": "*/*", "user-agent": SERVER_NAME}
-# What no line of a head may have. A line break would begin another line.
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class Route:
@@ -89,7 +86,7 @@ class Route:
             **{name: value.reveal() for name, value in transport.headers},
         }
         self._fixed = fixed.keys()
-        self._fixed_lines = _lines(fixed)
+        self._fixed_lines = header_lines(fixed)
         self.mask = mask_of(upstream)
         self._origin = f"http://{host}" if self.is_read_by_proxy else ""
         self._base_path = base.raw_path_qs if base.raw_path_qs != "/" else ""
@@ -100,9 +97,9 @@ class Route:
         Raises ValueError if one of them, or the path, has a control character.
         """
         target = self._origin + (self._base_path + path or "/")
-        if _CONTROL.search(target):
+        if CONTROL.search(target):
             raise ValueError("the address has a control character")
-        own = _lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
+        own = header_lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
         # With a length, because some servers read no forms from chunked bodies.
         length = b"Content-Length: %d\r\n\r\n" % body_bytes
         return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, own, length))
@@ -111,14 +108,6 @@ class Route:
         """The error for a call that got no connection."""
         text = f'The upstream "{self.upstream.name}" can\'t be reached.'
         return UpstreamError(text, was_sent=False, headers={"retry-after": "2"}, reason=reason)
-
-
-def _lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
-    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out."""
-    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
-    if _CONTROL.search("".join(lines)):
-        raise ValueError("a header has a control character")
-    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")
 
 
 class Connector(aiohttp.TCPConnector):
