@@ -28,7 +28,7 @@ import uvloop
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.ledger import Ledger
-from proxy.policy.quota import Binding
+from proxy.policy.quota import Binding, BoundQuotas
 from proxy.server import store_of, wall_clock_ms
 from tests.builders import call, exactly, group_quotas, quota
 
@@ -195,12 +195,13 @@ async def _client(ledger: Ledger, name: str, users: int, until: float, latencies
 
 
 _STAFF = group_quotas("staff", quota("staff/daily", tokens=_PLENTY), quota("staff/6h", tokens=_PLENTY, per="6h"))
+_BOUND = BoundQuotas(groups=(_STAFF,))
 _FACTS = CallLabels("somebody", "gpt-4o-mini", "chat", "openai")
 _DEMAND = call(100, 400)
 
 
 def _whoever(users: int) -> Binding:
-    return Binding(groups=(_STAFF,), user=f"user {random.randrange(users)}")
+    return _BOUND.for_user(f"user {random.randrange(users)}")
 
 
 def _line(*cells: str) -> str:

@@ -70,7 +70,7 @@ from proxy.policy.amounts import QUANTITIES
 metadata = MetaData()
 
 # The newest revision in `migrations`.
-HEAD = "0007"
+HEAD = "0008"
 # That of the next release, on whose schema this one runs too.
 NEXT = f"{int(HEAD) + 1:04}"
 # The PostgreSQL schema that contains our tables, so that they can share a database with others.

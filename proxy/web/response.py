@@ -81,7 +81,7 @@ class WebResponder:
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
         self._writes_in_progress = 0
-        self._loop = asyncio.get_running_loop()
+        self._loop = request.task.get_loop()
         self._is_chunked = False
         self._written_at = 0.0  # by the event loop's clock
         self._heartbeat_timer: asyncio.TimerHandle | None = None

@@ -1069,6 +1069,18 @@ async def test_the_migrations_create_the_tables_of_schema_py(empty_url, empty_da
     }
 
 
+async def test_what_begins_a_batch_returns_the_columns_of_schema_py(store, database):
+    """In their order: the functions are in a migration, and a later one may have added columns."""
+    async with connected(database) as connection:
+        statement = await connection.prepare(WRITER_STATEMENTS["begin_batch"])
+        found = [each.name for each in statement.get_attributes()]
+    assert found == [
+        "locked_at",
+        *metadata.tables["counters"].columns.keys(),
+        *metadata.tables["calls"].columns.keys(),
+    ]
+
+
 async def test_a_step_of_a_job_returns_its_rows_and_the_last_key(store, database):
     """It is one statement, on a connection that is otherwise for reads."""
     await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
