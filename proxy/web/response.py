@@ -18,6 +18,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import SERVER_NAME, Headers, header_lines
+from proxy.web.health import Health
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
@@ -55,8 +56,8 @@ class _WholeAnswer(web.StreamResponse):
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`. `added` are headers that
-    a signal handler of the application adds to other responses.
+    `response` is None until an answer has begun. The request's id is sent as `x-request-id`. Signal handlers of the
+    application add the headers `added` to other responses, and close their connections if `health` says so.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class WebResponder:
         line: LogLine,
         *,
         added: Mapping[str, str] = _NO_HEADERS,
+        health: Health | None = None,
         write_s: float = _WRITE_S,
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
@@ -77,6 +79,7 @@ class WebResponder:
         self.response: web.StreamResponse | None = None
         self._request = request
         self._added = added
+        self._health = health
         self._write_s = write_s
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
@@ -112,7 +115,8 @@ class WebResponder:
             return
         self.line.mark_first_byte(status)
         headers, request = {**headers, "x-request-id": self.id}, self._request
-        if status == HTTPStatus.OK and request.version == (1, 1) and request.keep_alive:
+        stays_open = request.keep_alive and not (self._health and self._health.closes_connections)
+        if stays_open and status == HTTPStatus.OK and request.version == (1, 1):
             self.response = _WholeAnswer(headers, body, self._added)
         else:
             self.response = web.Response(status=status, headers=headers, body=body)

@@ -137,6 +137,7 @@ class Api:
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
         self._request_log = request_log
+        self._health: Health | None = None
         self._page = Page(
             "usage", path="/usage", files="/usage", is_served=lambda: policies.current.policy.self_service
         )
@@ -169,6 +170,7 @@ class Api:
     def application(self, health: Health, events: Events) -> web.Application:
         """The application, with the paths of `health`. A `Listener` has to serve it with `serve`."""
         self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
+        self._health = health
         application = web.Application(middlewares=[self._answer_other])
         application.on_response_prepare.extend([add_server_name, self._cors.add_headers])
         application.router.add_routes([*health.routes(), *self._page.routes()])
@@ -281,7 +283,9 @@ class Api:
 
     def _responder(self, request: web.Request) -> WebResponder:
         added = self._cors.headers_for(request)
-        return WebResponder(request, request[LOG_LINE], added=added, heartbeat_s=self._limits.heartbeat_s)
+        return WebResponder(
+            request, request[LOG_LINE], added=added, health=self._health, heartbeat_s=self._limits.heartbeat_s
+        )
 
     def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
         """Prepares the call of this request anew if the policy, or a user or key, has changed.
