@@ -4,10 +4,8 @@ What is written here is read back equal, to the last field. The values of a row 
 columns.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -22,7 +20,6 @@ from proxy.policy.amounts import (
     Unspent,
     Usage,
     call_amount,
-    charge_of,
 )
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
@@ -38,8 +35,7 @@ Row = Sequence[Any]
 _WIDTH = len(QUANTITIES)
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """The rows that a batch has to write, sorted by their keys, so that all processes write them in the same order.
 
     `counters` and `opened` have all columns. `changed` has those of CHANGING, and then the id of the call.
@@ -50,29 +46,33 @@ class Changes:
     changed: list[Row]
 
 
-def changes_of(book: Book, known: Iterable[str]) -> Changes:
+def changes_of(book: Book, known: Container[str]) -> Changes:
     """What a batch has changed. `known` are the ids of the calls that were in the database before it."""
-    entries, before, changed = book.entries, set(known), sorted(book.entries_changed)
-    return Changes(
-        counters=[_counter_row(key, book.counters_changed[key]) for key in sorted(book.counters_changed)],
-        opened=[_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before],
-        changed=[(*_changing_columns(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
-    )
+    changes = Changes([], [], [])
+    for key in sorted(book.counters_changed):
+        counter = book.counters_changed[key]
+        window = counter.window
+        changes.counters.append(
+            (*key, window.opened_at, window.resets_at, *counter.used, *counter.held, counter.reset_at)
+        )
+    for call_id in sorted(book.entries_changed):
+        entry = book.entries[call_id]
+        if call_id in known:
+            changes.changed.append(_changed_row(entry))
+        else:
+            changes.opened.append(_opened_row(entry))
+    return changes
 
 
 def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
     """The counters that operations name. The counters that their calls hold already are found in the entries."""
-    return set(chain.from_iterable(map(_keys_of, operations)))
-
-
-def _keys_of(operation: Operation) -> Iterable[CounterKey]:
-    match operation:
-        case Reserve() | Extend():
-            return operation.binding.keys()
-        case Restore():
-            return (held.key for held in operation.entry.held_amounts)
-        case _:
-            return ()
+    keys: set[CounterKey] = set()
+    for operation in operations:
+        if isinstance(operation, Reserve | Extend):
+            keys.update(operation.binding.keys())
+        elif isinstance(operation, Restore):
+            keys.update(held.key for held in operation.entry.held_amounts)
+    return keys
 
 
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
@@ -92,10 +92,6 @@ def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
 def names_of(text: str | None) -> tuple[str, ...] | None:
     """The names in a column that has a list of them as JSON; None if it is NULL."""
     return None if text is None else tuple(orjson.loads(text))
-
-
-def _counter_row(key: CounterKey, counter: Counter) -> Row:
-    return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held, counter.reset_at)
 
 
 def entry_of(row: Row) -> Entry:
@@ -134,27 +130,28 @@ def _amount_of(numbers: Sequence[int]) -> Amount:
     return Amount(*numbers[:_WIDTH])
 
 
-def _call_row(entry: Entry) -> Row:
-    labels = entry.labels
-    state, upstream, ended_at, hold_input, hold_output, held_amounts, *rest = _changing_columns(entry)
-    *usage_outcome, response_id, address = rest
+def _opened_row(entry: Entry) -> Row:
+    labels, hold = entry.labels, entry.hold
     return (
-        *(entry.id, entry.owner, state, labels.user, labels.model, labels.endpoint, upstream, entry.admitted_via),
-        *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
-        *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
-        *usage_outcome,
-        *(None, response_id),  # `counted_as` is NULL: the roll-up has not counted it yet
-        *(labels.key_id or None, labels.tag or None, address),
+        *(entry.id, entry.owner, entry.state, labels.user, labels.model, labels.endpoint, labels.upstream),
+        *(entry.admitted_via, entry.reserved_at, entry.ended_at, hold.input, hold.output, entry.maximum),
+        *(_as_json(entry.held_amounts), entry.capped_by, _as_json(entry.would_refuse)),
+        *(*_usage_columns(entry.usage), entry.outcome),
+        None,  # `counted_as`: the roll-up has not counted it yet
+        *(entry.response_id, labels.key_id or None, labels.tag or None, labels.address or None),
     )
 
 
-def _changing_columns(entry: Entry) -> Row:
-    held_amounts = [(held.key, held.opened_at, tuple(held.amount)) for held in entry.held_amounts]
+def _changed_row(entry: Entry) -> Row:
+    labels, hold = entry.labels, entry.hold
     return (
-        *(entry.state, entry.labels.upstream, entry.ended_at),
-        *(entry.hold.input, entry.hold.output, orjson.dumps(held_amounts).decode()),
-        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, entry.labels.address or None),
+        *(entry.state, labels.upstream, entry.ended_at, hold.input, hold.output, _as_json(entry.held_amounts)),
+        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, labels.address or None, entry.id),
     )
+
+
+def _as_json(values: tuple[object, ...]) -> str:
+    return orjson.dumps(values, default=tuple).decode()
 
 
 def _usage(
@@ -173,5 +170,5 @@ def _usage(
 def _usage_columns(usage: Usage | None) -> Row:
     if usage is None:
         return (None,) * 6
-    tokens, requests = usage.tokens, charge_of(usage).requests
+    tokens, requests = usage.tokens, usage.requests if isinstance(usage, Unspent) else 1
     return (tokens.input, tokens.output, tokens.cached, tokens.reasoning, requests, usage.provenance)

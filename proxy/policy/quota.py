@@ -6,7 +6,7 @@ is changed in place.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from fnmatch import translate
 from typing import Any, Literal, NamedTuple, Self
 
@@ -274,7 +274,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
         return Counter(quota.per.opening(now))
     last = counter.window
     if now < last.resets_at and (counter.is_open or now < last.opened_at):
-        end = quota.per.end(now)
+        end = quota.per.opening(now).resets_at
         if last.resets_at <= end:
             return counter
         return Counter(Window(last.opened_at, end), counter.used, counter.held, counter.reset_at)
@@ -366,16 +366,27 @@ class Rule(NamedTuple):
     input_limits: tuple[BoundLimit, ...]
 
 
+class OutputLimit(NamedTuple):
+    """A limit that bounds the answer of a call: the fields are those of its rule and of its `BoundLimit`."""
+
+    quota: Quota
+    position: int
+    measure: int
+    ceiling: int
+    counts_input: bool
+
+
 class Alternative(NamedTuple):
     """Rules that must all have room.
 
-    The `additional` rules are those of other groups, which count the call if they can. `answer_limit` is the smallest
-    limit that an answer must fit into.
+    The `additional` rules are those of other groups, which count the call if they can. `output_limits` are the limits
+    of `rules` that bound the answer, and `answer_limit` is the smallest limit that an answer must fit into.
     """
 
     group: str
     rules: tuple[Rule, ...]
     additional: tuple[Rule, ...]
+    output_limits: tuple[OutputLimit, ...]
     answer_limit: int
 
 
@@ -387,13 +398,13 @@ class Rules:
 
     __slots__ = ("alternatives", "exact", "shadows")
 
-    def __init__(self, quotas: "CombinedQuotas", uses: Uses) -> None:
+    def __init__(self, quotas: "_Common", uses: Uses) -> None:
         rules = [_rule(quota, position, uses) for position, quota in enumerate(quotas.quotas)]
         rule_of = {id(rule.quota): rule for rule in rules}
         in_groups = [rule_of[id(quota)] for group in quotas.groups for quota in group.quotas]
         self.alternatives = tuple(
             _alternative(each.group, [rule_of[id(quota)] for quota in each.quotas], in_groups)
-            for each in quotas.alternatives()
+            for each in quotas.alternatives
         )
         self.exact = tuple(rule for rule in rules if rule.quota.enforce == "exact")
         self.shadows = tuple(_alternative(quota.group, [rule_of[id(quota)]], ()) for quota in quotas.shadows)
@@ -425,18 +436,25 @@ def _alternative(group: str, rules: Sequence[Rule], in_groups: Iterable[Rule]) -
     # does not use them up for the others.
     own = {rule.quota.id for rule in rules}
     additional = tuple(rule for rule in in_groups if rule.quota.id not in own and not rule.quota.shared)
-    return Alternative(
-        group, tuple(rules), additional, min((rule.quota.answer_limit for rule in rules), default=TOKENS_MAX)
+    output_limits = tuple(
+        OutputLimit(rule.quota, rule.position, limit.measure, limit.ceiling, limit.counts_input)
+        for rule in rules
+        if not rule.is_after
+        for limit in rule.limits
+        if limit.counts_output
     )
+    answer_limit = min((rule.quota.answer_limit for rule in rules), default=TOKENS_MAX)
+    return Alternative(group, tuple(rules), additional, output_limits, answer_limit)
 
 
 class _Common:
     """What is computed once for quotas that bind together, and is the same for all users whom they bind."""
 
-    __slots__ = ("alternatives", "narrowed", "quotas", "rules")
+    __slots__ = ("alternatives", "groups", "narrowed", "quotas", "rules_by_use", "shadows")
 
     def __init__(self, of: "CombinedQuotas") -> None:
         in_groups = tuple(quota for group in of.groups for quota in group.quotas)
+        self.groups, self.shadows = of.groups, of.shadows
         self.quotas = of.always + in_groups + of.shadows
         if of.combine == "every_group" and of.groups:
             together = GroupQuotas("+".join(group.group for group in of.groups), of.always + in_groups)
@@ -444,13 +462,20 @@ class _Common:
         else:
             own = tuple(GroupQuotas(group.group, of.always + group.quotas) for group in of.groups)
             self.alternatives = own or (GroupQuotas("everyone", of.always),)
-        self.rules: dict[Uses, Rules] = {}
+        self.rules_by_use: dict[Uses, Rules] = {}
         self.narrowed: dict[tuple[str, ...], Any] = {}  # by the names of the groups
 
+    def rules(self, uses: Uses) -> Rules:
+        """What decisions on calls that use this read of these quotas."""
+        rules = self.rules_by_use.get(uses)
+        if rules is None:
+            rules = self.rules_by_use[uses] = Rules(self, uses)
+        return rules
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class CombinedQuotas:
-    """Quotas that bind on one model, and how they are combined.
+    """Quotas that bind on one model, and how they are combined. It is a value, and never changed.
 
     `always` are the quotas of everyone. `groups` are the users' groups that have an enforced quota for the model or
     are unlimited for it, in the policy's order. `shadows` are the quotas in shadow: they only count, and never
@@ -461,7 +486,15 @@ class CombinedQuotas:
     groups: tuple[GroupQuotas, ...] = ()
     shadows: tuple[Quota, ...] = ()
     combine: Combine = "any_group"
-    _common: _Common | None = field(default=None, init=False, repr=False, compare=False)
+    shared: InitVar["_Common | None"] = field(default=None, kw_only=True)
+    # What is the same for all users whom these quotas bind.
+    common: _Common = field(init=False, repr=False, compare=False)
+    # All of its quotas, each once.
+    quotas: tuple[Quota, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self, shared: "_Common | None") -> None:
+        self.common = shared or _Common(self)
+        self.quotas = self.common.quotas
 
     def narrowed(self, groups: Collection[str]) -> Self | None:
         """The same with these groups alone: what a key binds that is limited to them. None if none of them applies.
@@ -481,28 +514,6 @@ class CombinedQuotas:
         found: Self = narrowed[names]
         return found
 
-    @property
-    def common(self) -> _Common:
-        """What is the same for all users whom these quotas bind."""
-        common = self._common
-        if common is None:
-            common = _Common(self)
-            object.__setattr__(self, "_common", common)
-        return common
-
-    @property
-    def quotas(self) -> tuple[Quota, ...]:
-        """All of its quotas, each once."""
-        return self.common.quotas
-
-    def rules(self, uses: Uses) -> Rules:
-        """What decisions on calls that use this read of these quotas."""
-        rules = self.common.rules
-        found = rules.get(uses)
-        if found is None:
-            found = rules[uses] = Rules(self, uses)
-        return found
-
     def alternatives(self) -> tuple[GroupQuotas, ...]:
         """The sets of quotas of which one must have room as a whole.
 
@@ -517,21 +528,21 @@ class CombinedQuotas:
         return self.common.alternatives
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoundQuotas(CombinedQuotas):
     """Which quotas bind the users who are in the same groups, on one model.
 
     `grants` has the grants on these quotas for any user. A policy has none for most quotas, and then it is empty.
     """
 
-    grants: Grants = field(default_factory=dict, hash=False)
+    grants: Grants = field(default_factory=dict)
 
     def for_user(self, name: str) -> "Binding":
         """The binding of one of these users."""
         grants = grants_of_user(self.grants, name) if self.grants else {}
-        binding = Binding(self.always, self.groups, self.shadows, self.combine, user=name, grants=grants)
-        object.__setattr__(binding, "_common", self.common)
-        return binding
+        return Binding(
+            self.always, self.groups, self.shadows, self.combine, user=name, grants=grants, shared=self.common
+        )
 
     def closing(self, is_closed: Callable[[Quota], bool]) -> tuple[Quota, ...]:
         """The quotas of which `is_closed` says that they refuse every call of a kind, because of limits of 0.
@@ -542,7 +553,7 @@ class BoundQuotas(CombinedQuotas):
         return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Binding(CombinedQuotas):
     """Which quotas bind one user on one model: the quotas of the user's groups, and whose counters they are.
 
@@ -553,17 +564,15 @@ class Binding(CombinedQuotas):
     """
 
     user: str = field(kw_only=True)
-    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=dict, hash=False, kw_only=True)
+    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=dict, kw_only=True)
     _keys: tuple[CounterKey, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def keys(self) -> tuple[CounterKey, ...]:
         """The keys of the counters that a decision reads, in the order of `quotas`."""
-        keys = self._keys
-        if keys is None:
+        if self._keys is None:
             subject = user_subject(self.user)
-            keys = tuple([quota.shared_key or (subject, quota.id) for quota in self.quotas])
-            object.__setattr__(self, "_keys", keys)
-        return keys
+            self._keys = tuple([quota.shared_key or (subject, quota.id) for quota in self.quotas])
+        return self._keys
 
     def at(self, now: int) -> "Binding":
         """The binding with the limits that are in force at `now` (ms): raised by the grants that run then.
