@@ -96,9 +96,9 @@ def names_of(text: str | None) -> tuple[str, ...] | None:
 
 def entry_of(row: Row) -> Entry:
     """The entry in a row of `calls`."""
-    entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage_and_end = rest
-    *usage, outcome, _, response_id, key_id, tag, address = usage_and_end
+    entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at = row[:10]
+    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse = row[10:16]
+    outcome, _, response_id, key_id, tag, address = row[22:]
     return Entry(
         id=entry_id,
         owner=owner,
@@ -107,27 +107,22 @@ def entry_of(row: Row) -> Entry:
         reserved_at=reserved_at,
         hold=call_amount(hold_input, hold_output),
         maximum=maximum,
+        # A release with fewer quantities wrote fewer numbers: the missing ones are 0. One with more, which shares the
+        # database while replicas are replaced, wrote more: those are of quantities that this release does not count.
         held_amounts=tuple(
-            HeldAmount((key[0], key[1]), opened_at, _amount_of(numbers))
-            for key, opened_at, numbers in orjson.loads(held_amounts)
+            [
+                HeldAmount((subject, quota_id), opened_at, Amount(*numbers[:_WIDTH]))
+                for (subject, quota_id), opened_at, numbers in orjson.loads(held_amounts)
+            ]
         ),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
         state=state,
         ended_at=ended_at,
-        usage=_usage(*usage),
+        usage=_usage(*row[16:22]),
         outcome=outcome,
         response_id=response_id,
     )
-
-
-def _amount_of(numbers: Sequence[int]) -> Amount:
-    """An amount as `lines` stores it.
-
-    A release with fewer quantities wrote fewer numbers: the missing ones are 0. One with more, which shares the
-    database while replicas are replaced, wrote more: those are of quantities that this release does not count.
-    """
-    return Amount(*numbers[:_WIDTH])
 
 
 def _opened_row(entry: Entry) -> Row:

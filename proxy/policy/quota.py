@@ -290,10 +290,11 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     return Counter(window, held=counter.held.concurrent_part())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
+    It is not declared frozen, for the same reason as `Counter`.
     `output_maximum`, `smallest`, `initial_hold`, `fixed` and `floor` are totals over all choices.
 
     - `uses`: what the call can use at all. It decides which limits bind the call, not the numbers: a chat with
