@@ -18,7 +18,8 @@ The packages, from the lowest to the highest:
     server      builds the parts of one process, starts them and stops them in order
     workers     several such processes behind one port
     demo        a proxy and a simulated upstream with random keys
-    cli         the commands
+    commands    the commands
+    cli         the program, which imports the command that is named
 
     simulator   a fake upstream for the demo, the tests and the benchmarks
     torture     a load test with disconnects and crashes: compares, call by call, what was generated, received and

@@ -9,6 +9,7 @@ place where it was raised, never with its text: aiohttp quotes the bytes that it
 or a prompt. The same holds for what Python itself would print, see `catch_stray_errors`.
 """
 
+import json
 import logging
 import os
 import queue
@@ -17,9 +18,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
+import orjson
 import structlog
 
 LogFormat = Literal["json", "console"]
@@ -33,13 +36,15 @@ _TEXT_MAX = 200
 _FRAMES_MAX = 8
 # Where the fixed words of a text by Python end and a value may begin: "Exception in callback f(b'…')".
 _END_OF_WORDS = re.compile(r"[(<\[{=\n]")
+# A dataclass is logged as its `repr`, which may leave out a secret.
+_JSON_OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
 class LogStream:
-    """A writable stream for structlog that never blocks and never raises.
+    """A logger for structlog that writes each line to a stream, and never blocks and never raises.
 
     `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet, and
-    `reported` those that are. `format` is the format of the line which reports them.
+    `reported` those that are. `format` is the format of the lines.
     """
 
     def __init__(self, stream: TextIO, *, lines_max: int = _LINES_MAX) -> None:
@@ -58,15 +63,14 @@ class LogStream:
         """Whether the stream is a terminal, which shows colours."""
         return self._stream.isatty()
 
-    def write(self, text: str) -> None:
+    def write(self, line: str) -> None:
         """Queue a line, or drop it if the queue is full."""
         if self._lines.qsize() < self._lines_max:
-            self._lines.put(text)
+            self._lines.put(line)
         else:
             self.dropped += 1
 
-    def flush(self) -> None:
-        """Does nothing; structlog calls it, and the thread flushes after each line."""
+    debug = info = warning = error = critical = write  # structlog calls the one of the event's level
 
     def close(self) -> None:
         """Write the queued lines, as far as the stream accepts them within a second.
@@ -78,29 +82,29 @@ class LogStream:
             self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
-        while (text := self._lines.get()) is not None:
+        while (line := self._lines.get()) is not None:
             try:
-                self._write(text)
+                self._write(line)
                 if self.dropped:
                     lines, self.dropped = self.dropped, 0
                     self.reported += lines
                     event = "log lines were dropped"
-                    as_json = f'{{"event": "{event}", "lines": {lines}, "level": "warning"}}\n'
-                    self._write(as_json if self.format == "json" else f"{event}: {lines}\n")
+                    as_json = f'{{"event":"{event}","lines":{lines},"level":"warning"}}'
+                    self._write(as_json if self.format == "json" else f"{event}: {lines}")
             except (OSError, ValueError):  # a full disk, a broken pipe, a closed stream: nowhere to report it
                 self.dropped += 1
 
-    def _write(self, text: str) -> None:
+    def _write(self, line: str) -> None:
         """Write to the descriptor itself if there is one.
 
         A write that blocks would hold the lock of the stream, and the interpreter, which flushes standard error when
         it ends, would wait for that lock forever.
         """
         if self._descriptor is None:
-            self._stream.write(text)
+            self._stream.write(f"{line}\n")
             self._stream.flush()
             return
-        data = text.encode("utf-8", "backslashreplace")
+        data = f"{line}\n".encode("utf-8", "backslashreplace")
         while data:
             data = data[os.write(self._descriptor, data) :]
 
@@ -161,13 +165,6 @@ def _with_causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _describe_exception(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Replace the exception of an event (`exc_info`) by its description."""
-    error = line.pop("exc_info", None)
-    line.update(describe(error if isinstance(error, BaseException) else None))
-    return line
-
-
 def _words(text: str) -> str:
     return _END_OF_WORDS.split(text, maxsplit=1)[0].strip()[:_TEXT_MAX]
 
@@ -197,39 +194,66 @@ def catch_stray_errors() -> None:
     sys.unraisablehook = on_unraisable
 
 
-# What `set_up` was called with last, for `set_format`.
-_current: tuple[LogStream, int, LogFormat] | None = None
+class _Renderer:
+    """Makes the line of an event, in the format of the stream: the one step that structlog takes for each event."""
+
+    def __init__(self, stream: LogStream) -> None:
+        self._stream = stream
+        self._stamp = structlog.processors.TimeStamper(fmt=None)
+        self._as_text = structlog.dev.ConsoleRenderer(colors=stream.is_terminal, pad_event_to=0)
+
+    def __call__(self, logger: object, level: str, event: MutableMapping[str, Any]) -> str:
+        event["level"] = level
+        if "exc_info" in event:
+            error = event.pop("exc_info")
+            event.update(describe(error if isinstance(error, BaseException) else None))
+        self._stamp(logger, level, event)
+        now = datetime.fromtimestamp(event["timestamp"], UTC)
+        if self._stream.format == "console":
+            event["timestamp"] = f"{now.astimezone():%H:%M:%S}"
+            return self._as_text(logger, level, event)
+        event["timestamp"] = now
+        return _as_json(event)
+
+
+def _as_json(event: MutableMapping[str, Any]) -> str:
+    """The event as JSON in printable ASCII, so that no text can start another line or control a terminal."""
+    try:
+        text = orjson.dumps(event, _shown, _JSON_OPTIONS).decode()
+        if text.isascii() and "\x7f" not in text:
+            return text
+    except TypeError:
+        pass  # a surrogate, or an integer of more than 64 bits
+    return json.dumps(event, separators=(",", ":"), default=_shown)
+
+
+def _shown(value: object) -> str:
+    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else repr(value)
+
+
+# The stream of this process's log.
+_current: LogStream | None = None
 
 
 def set_up(stream: LogStream, *, level: int, format: LogFormat = "json") -> None:
     """Send this process's log to `stream`: the proxy's events from `level` up, those of libraries from WARNING up."""
     global _current
-    _current = stream, level, format
+    _current = stream
     stream.format = format
-    always: list[structlog.typing.Processor] = [structlog.processors.add_log_level, _describe_exception]
-    as_json: list[structlog.typing.Processor] = [
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.JSONRenderer(),
-    ]
-    as_text: list[structlog.typing.Processor] = [
-        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-        structlog.dev.ConsoleRenderer(colors=stream.is_terminal, pad_event_to=0),
-    ]
     structlog.configure(
-        processors=[*always, *(as_json if format == "json" else as_text)],
+        processors=[_Renderer(stream)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(stream),  # type: ignore[arg-type]
+        logger_factory=lambda *_: stream,
     )
     logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
 
 
 def lines_dropped() -> int:
     """How many lines this process has dropped since `set_up`; 0 if it was not called, as in tests."""
-    return 0 if _current is None else _current[0].reported + _current[0].dropped
+    return 0 if _current is None else _current.reported + _current.dropped
 
 
 def set_format(format: LogFormat) -> None:
     """Change the format of the log from now on. Does nothing if `set_up` was not called, as in tests."""
-    if _current is not None and _current[2] != format:
-        stream, level, _ = _current
-        set_up(stream, level=level, format=format)
+    if _current is not None:
+        _current.format = format

@@ -34,18 +34,13 @@ class Tasks:
         task.add_done_callback(self._on_done)
         return task
 
-    def enter(self) -> "asyncio.Task[Any]":
-        """Count the current task as one of these until it calls `leave`, and return it."""
-        task = asyncio.current_task()
-        assert task is not None, "called in a task"
+    def enter(self, task: "asyncio.Task[Any]") -> None:
+        """Count a running task as one of these until `leave`."""
         self.started += 1
         self._running.add(task)
-        return task
 
-    def leave(self) -> None:
-        """Count the current task no longer."""
-        task = asyncio.current_task()
-        assert task is not None, "called in a task"
+    def leave(self, task: "asyncio.Task[Any]") -> None:
+        """Count the task no longer."""
         self._running.discard(task)
 
     async def all_ended(self) -> None:

@@ -108,7 +108,7 @@ def test_a_fault_of_the_proxy_ends_serve_with_a_line_without_its_text(
     def fail(*_: object) -> str:
         raise KeyError("secret")
 
-    monkeypatch.setattr("proxy.cli.public_address", fail)
+    monkeypatch.setattr("proxy.commands.serve.public_address", fail)
     result = _run("serve", "--config", str(file))
     (line,) = map(json.loads, result.stderr.splitlines())
     assert (result.exit_code, line["error"], line["level"]) == (1, "KeyError", "error")
@@ -150,7 +150,7 @@ def test_serve_makes_no_database_where_there_was_one(workers: str, file: Path, t
         result = _run(*serve, "--new-database")
         assert (result.exit_code, database.exists()) == (2, True)
         assert "in use" in result.stderr
-        assert f'"database": "{database}"' in result.stderr
+        assert f'"database":"{database}"' in result.stderr
         database.unlink()
         assert _run("migrate", "--config", str(file)).exit_code == 0
         assert "in use" in _run(*serve).stderr
@@ -229,14 +229,14 @@ def test_a_postgresql_that_cannot_be_used_is_an_error_without_a_traceback(
     assert "sesame" not in result.stderr
 
 
-def test_starting_a_command_imports_neither_torture_nor_the_demo() -> None:
-    """`serve` does not need them; a fresh process shows what importing the commands brings."""
-    code = "import sys, proxy.cli; print(*sys.modules, sep='\\n')"
+def test_serve_imports_only_what_it_needs() -> None:
+    """A fresh process shows what `serve` brings: neither other commands, nor what only they or migrations use."""
+    code = "import sys, proxy.commands.serve; print(*sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = done.stdout.split()
-    assert "proxy.cli" in imported
-    lazy = ("proxy.demo", "proxy.simulator", "proxy.torture")
-    assert [name for name in imported if name.startswith(lazy)] == []
+    assert "proxy.commands.serve" in imported
+    others = ("proxy.commands.", "proxy.demo", "proxy.simulator", "proxy.torture", "alembic", "asyncpg", "tiktoken")
+    assert [name for name in imported if name.startswith(others)] == ["proxy.commands.serve"]
 
 
 def test_help_lists_every_command() -> None:

@@ -39,12 +39,12 @@ NOT_IN_PURE = frozenset(
 
 SERVER = ("web", "simulator.server", "server")
 CLOCK = (
-    ("server", "cli", "torture.cli"),
+    ("server", "torture.cli"),
     "take `now` as a parameter, or a `now` function in the constructor; server.py passes the real one",
 )
 ENVIRONMENT = (
-    ("cli", "commands.context", "torture.cli"),
-    "write ${NAME} in the YAML; cli.py passes the environment to config.interpolation",
+    ("commands.context", "commands.serve", "torture.cli"),
+    "write ${NAME} in the YAML; the commands pass the environment to config.interpolation",
 )
 
 # Which name may be used where; the longest prefix that fits decides. Each external library has one place, which also
@@ -69,6 +69,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
         ("upstreams.sending", "commands.events", "torture.clients", "torture.administrator"),
         "HTTP clients stay in these modules; for the server write `from aiohttp import web`",
     ),
+    "aiohttp.helpers": (("web.response",), "only the Date of an answer is taken from there"),
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),
     "aiohttp.hdrs": (SERVER, "HTTP stays in web; pass plain values to other packages"),
     "yaml": (("config.document",), "ask config.document, which keeps the line of every value"),

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -169,7 +170,7 @@ def test_dropped_lines_are_reported_in_the_format_of_the_log() -> None:
     written = io.StringIO()
     stream = LogStream(written)
     stream.format, stream.dropped = "console", 3
-    stream.write("hello\n")
+    stream.write("hello")
     stream.close()
     assert written.getvalue() == "hello\nlog lines were dropped: 3\n"
     assert (stream.dropped, stream.reported) == (0, 3)
@@ -195,7 +196,7 @@ def test_a_full_pipe_blocks_no_call() -> None:
     with os.fdopen(writing, "w") as pipe, os.fdopen(reading) as end:
         stream = LogStream(pipe, lines_max=10)
         for _ in range(500):
-            stream.write("x" * 1000 + "\n")
+            stream.write("x" * 1000)
         assert stream.dropped > 400
         stream.close()  # returns at once, because the queue is full
         seen = ""
@@ -231,7 +232,44 @@ def test_a_closed_stream_raises_no_error() -> None:
     written = io.StringIO()
     written.close()
     stream = LogStream(written)
-    stream.write("hello\n")
-    stream.flush()
+    stream.write("hello")
     stream.close()
     assert stream.dropped == 1
+
+
+class Secretive:
+    """A value that JSON does not have."""
+
+    def __repr__(self) -> str:
+        return "<é>"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"status": 200, "waited_ms": 0.3, "stream": False, "user": "alice", "refused_by": ["a/b", "c/d"]},
+        {"user": 'a"b\\c\n\r\t\x00\x1b\x7f', "key": None, "lines": 2**63, "nested": {"a": [1, {"b": "<&>"}]}},
+        {"user": "Zoë", "model": "\u2028\u202e", "emoji": "\U0001f600", "surrogate": "\udc80"},
+        {"lines": 2**70, "value": Secretive(), "tuple": (1, "é")},
+    ],
+)
+def test_a_line_is_what_structlog_s_own_processors_would_write(members: dict[str, object]) -> None:
+    """The same members in the same order and with the same escapes. Only the spaces between them are missing."""
+    written = io.StringIO()
+    stream = LogStream(written)
+    set_up(stream, level=logging.INFO)
+    error = KeyError("secret")
+    structlog.get_logger("x").info("request", **members)
+    structlog.get_logger("x").error("failed", **members, exc_info=error)
+    stream.close()
+    for line, (level, event, described) in zip(
+        written.getvalue().splitlines(),
+        [("info", "request", {}), ("error", "failed", {"error": "KeyError", "place": ""})],
+        strict=True,
+    ):
+        event_dict: dict[str, object] = {**members, "event": event}
+        event_dict = dict(structlog.processors.add_log_level(None, level, event_dict))
+        event_dict |= {**described, "timestamp": json.loads(line)["timestamp"]}
+        assert line == structlog.processors.JSONRenderer(separators=(",", ":"))(None, level, event_dict)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", str(event_dict["timestamp"]))

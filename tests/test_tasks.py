@@ -169,9 +169,9 @@ async def test_a_task_that_entered_counts_until_it_leaves():
     tasks, left, go_on, done = Tasks(), asyncio.Event(), asyncio.Event(), []
 
     async def request():
-        assert tasks.enter() is asyncio.current_task()
+        tasks.enter(running)
         await go_on.wait()
-        tasks.leave()
+        tasks.leave(running)
         left.set()
         await asyncio.sleep(0)
         done.append(True)
@@ -191,11 +191,11 @@ async def test_finish_cancels_a_task_that_entered():
     tasks, ended = Tasks(), []
 
     async def request():
-        tasks.enter()
+        tasks.enter(running)
         try:
             await asyncio.Event().wait()
         finally:
-            tasks.leave()
+            tasks.leave(running)
             ended.append(True)
 
     running = asyncio.ensure_future(request())

@@ -171,13 +171,6 @@ class _RefusedCall:
         }
 
 
-class _Changed(NamedTuple):
-    """A counter as the ledger last reported it, and when it decided that (ms)."""
-
-    counter: Counter
-    at: int
-
-
 class Activity:
     """What the calls of this process do. `now` gives ms since 1970, by the ledger's clock.
 
@@ -205,8 +198,9 @@ class Activity:
         self._ended: Details[tuple[LogLine, int]] = Details()  # each with the time of its end
         self._refused: Details[_RefusedCall] = Details()
         self._tokens: dict[str, Amount] = {}
-        # In the order in which they first changed since they were taken, so each is taken in its turn.
-        self._changed: OrderedDict[CounterKey, _Changed] = OrderedDict()
+        # The counters as the ledger last reported them, and when it decided that (ms). They are in the order in which
+        # they first changed since they were taken, so each is taken in its turn.
+        self._changed: OrderedDict[CounterKey, tuple[Counter, int]] = OrderedDict()
         self._is_incomplete = False
         # The highest level of each counter, and the window in which it reached that.
         self._levels: OrderedDict[CounterKey, tuple[Window, int]] = OrderedDict()
@@ -267,17 +261,17 @@ class Activity:
                     line.entry = reply.entry
             elif not isinstance(reply, Refused):
                 continue
-            for key, counter in reply.counters.items():
-                self.counter_changed(key, counter, reply.decided_at)
+            self.counters_changed(reply.counters, reply.decided_at)
 
-    def counter_changed(self, key: CounterKey, counter: Counter, at: int) -> None:
-        """This is the state of a counter at this instant (ms), unless a later one is known already."""
-        known = self._changed.get(key)
-        if known is not None and known.at > at:
-            return
-        self._changed[key] = _Changed(counter, at)
-        if len(self._changed) > self._changed_max:
-            self._changed.popitem(last=False)
+    def counters_changed(self, counters: Mapping[CounterKey, Counter], at: int) -> None:
+        """These are the states of counters at this instant (ms), except of those of which a later one is known."""
+        changed = self._changed
+        for key, counter in counters.items():
+            known = changed.get(key)
+            if known is None or known[1] <= at:
+                changed[key] = counter, at
+        while len(changed) > self._changed_max:
+            changed.popitem(last=False)
             self._is_incomplete = True
 
     def note_incomplete(self) -> None:

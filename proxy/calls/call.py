@@ -5,11 +5,12 @@ waits for admission, it is prepared anew (`relay.Renew`), and refused if a new c
 what admitted it. Its grants end by the clock.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -27,7 +28,7 @@ from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
-from proxy.policy.amounts import Measure
+from proxy.policy.amounts import Measure, Uses
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
@@ -37,6 +38,8 @@ from proxy.upstreams.headers import Headers, idempotency_header, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
 
 _WAIT_S_MAX = 600
+# Names of models may come from clients, so the number of terms that are kept is bounded.
+_TERMS_MAX = 4096
 # The value of `X-Quota-Max-Wait`: "30" or "30s".
 _WAIT_HEADER = re.compile(r"([0-9]{1,4})(?:s)?")
 
@@ -44,12 +47,13 @@ _WAIT_HEADER = re.compile(r"([0-9]{1,4})(?:s)?")
 class Responder(Protocol):
     """The client of one call: what it sent, how to answer it, and whether it has disconnected.
 
-    `id` is the request's id, and `line` what the log will say of the request. Writing to a client
+    `id` is the request's id, `task` carries the call, and `line` is what the log will say of it. Writing to a client
     that has disconnected does nothing. The implementation for HTTP is
     `proxy.web.response.WebResponder`.
     """
 
     id: str
+    task: "asyncio.Task[Any]"
     line: LogLine
     headers: Headers
     api_version: str | None  # Azure's `api-version` in the client's query
@@ -332,14 +336,8 @@ def prepare_call(
     Raises ModelNotFound if there is no such model for this user, and InvalidRequest if a target does not allow what
     the request asks for. Both say what would help.
     """
-    policy, catalog = snapshot.policy, snapshot.catalog
-    model = catalog.model(request.model)
-    if model is None or not snapshot.may_use(caller, model.matched_name):
-        raise no_such_model(request.model)
-    is_listed = catalog.lists(model.name)
-    if not is_listed:
-        check_model_name(request.model)
-    _check_surface(request, model)
+    terms = _terms_of(request.endpoint, request.model, caller, snapshot)
+    model = terms.model
     negative = negative_maxima(request.endpoint, request.body.document)
     for target in model.targets:
         if negative:
@@ -347,31 +345,64 @@ def prepare_call(
         check_allowance(request.endpoint, request.body, target.allows)
         if target.upstream.refuse:
             check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
-    bound = snapshot.binding(caller, model.matched_name, certain_uses_of(request, model))
-    if bound is None:
-        raise _no_quota(request.model, is_covered=snapshot.binding(caller, model.matched_name) is not None)
+    uses = certain_uses_of(request, model)
+    binding = terms.bindings.get(uses)
+    if binding is None:
+        bound = snapshot.binding(caller, model.matched_name, uses)
+        if bound is None:
+            raise _no_quota(request.model, is_covered=snapshot.binding(caller, model.matched_name) is not None)
+        binding = terms.bindings[uses] = bound.for_user(caller.user)
     return Call(
         request=request,
         caller=caller,
-        policy=policy,
-        catalog=catalog,
+        policy=snapshot.policy,
+        catalog=snapshot.catalog,
         model=model,
-        is_listed=is_listed,
-        binding=bound.for_user(caller.user),
+        is_listed=terms.is_listed,
+        binding=binding,
         client=client,
-        wait_s=_wait_s(client, policy),
+        wait_s=_wait_s(client, snapshot.policy),
         spool=spool,
     )
 
 
-def _check_surface(request: Request, model: Model) -> None:
+class Terms(NamedTuple):
+    """What is in force for the calls of one user to one model at one endpoint.
+
+    `bindings` are by what a call is certain to be counted by.
+    """
+
+    model: Model
+    is_listed: bool
+    bindings: dict[Uses, Binding]
+
+
+def _terms_of(endpoint: Endpoint, name: str, caller: Caller, snapshot: Snapshot) -> Terms:
+    """The terms of a call to the model `name`. They are found once for each version of the policy."""
+    key = (name, endpoint.name, caller.user, caller.groups, caller.key.models, caller.key.groups)
+    terms: Terms | None = snapshot.terms.get(key)
+    if terms is None:
+        model = snapshot.catalog.model(name)
+        if model is None or not snapshot.may_use(caller, model.matched_name):
+            raise no_such_model(name)
+        is_listed = snapshot.catalog.lists(model.name)
+        if not is_listed:
+            check_model_name(name)
+        _check_surface(endpoint, name, model)
+        if len(snapshot.terms) >= _TERMS_MAX:
+            snapshot.terms.clear()
+        terms = snapshot.terms[key] = Terms(model, is_listed, {})
+    return terms
+
+
+def _check_surface(endpoint: Endpoint, name: str, model: Model) -> None:
     """Refuse a request of one API for a model of the other; nothing is translated."""
-    if all(request.endpoint.surface in kind_of(target.upstream.kind).surfaces for target in model.targets):
+    if all(endpoint.surface in kind_of(target.upstream.kind).surfaces for target in model.targets):
         return
-    is_openai_request = not request.endpoint.is_of_messages
+    is_openai_request = not endpoint.is_of_messages
     vendor, path = ("Anthropic", "/v1/messages") if is_openai_request else ("OpenAI", "/v1/chat/completions")
     raise InvalidRequest(
-        f'The model "{request.model}" has the API of {vendor}: send it to {path}, with an SDK of {vendor}. '
+        f'The model "{name}" has the API of {vendor}: send it to {path}, with an SDK of {vendor}. '
         "This proxy does not translate between the two APIs.",
         param="model",
         code="wrong_endpoint",

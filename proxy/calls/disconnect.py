@@ -45,7 +45,7 @@ class Disconnects:
     def watch(self, call: Call, reservation: Reservation) -> "Watch":
         """Act on a disconnect of this call's client from now on, until `Watch.stop`.
 
-        If the answer is not to be awaited, the current task is cancelled, so from now on it must do nothing else.
+        If the answer is not to be awaited, the call's task is cancelled, so from now on it must do nothing else.
         """
         return Watch(self, call, reservation)
 
@@ -66,16 +66,13 @@ class Disconnects:
 class Watch:
     """One call whose client is watched. `is_drain_cut`: its drain was given up, so its cost is not known."""
 
-    __slots__ = ("_call", "_disconnects", "_is_draining", "_reservation", "_task", "_timer", "is_drain_cut")
+    __slots__ = ("_call", "_disconnects", "_is_draining", "_reservation", "_timer", "is_drain_cut")
 
     def __init__(self, disconnects: Disconnects, call: Call, reservation: Reservation) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "a call runs in a task"
         self.is_drain_cut = False
         self._disconnects = disconnects
         self._call = call
         self._reservation = reservation
-        self._task = task
         self._is_draining = False
         self._timer: asyncio.TimerHandle | None = None
         call.client.on_disconnected(self._on_disconnected)
@@ -103,7 +100,7 @@ class Watch:
 
     def _cancel(self) -> None:
         self.is_drain_cut = self._on_disconnect() == "drain"
-        self._task.cancel()
+        self._call.client.task.cancel()
 
     def _on_disconnect(self) -> OnDisconnect:
         """`drain` or `stop`, as the upstream of the last attempt has it."""

@@ -106,7 +106,7 @@ class Candidate:
         demand = self.count.demand
         return meter_of(
             self.call.request,
-            count=self.count.output_counter,
+            count=self.count.count_output,
             kind=self.upstream.kind,
             output_bound=demand.output_maximum,
             input_bound=demand.input + demand.hidden_input,

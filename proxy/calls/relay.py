@@ -128,7 +128,7 @@ class Relay:
             await reservation.end(outcome, charges_full_hold=charges_full_hold)
             if not client.is_disconnected:
                 raise
-            _uncancel()
+            client.task.uncancel()
         finally:
             watch.stop()
             try:
@@ -174,47 +174,40 @@ class Relay:
         call.client.line.mark_admitted(accepted.entry)
         self._durations.began(accepted.entry.id, self._now())
         self._activity.began(call.client.line)
-        self.metrics.in_flight.inc()
+        self.metrics.calls_in_flight += 1
         return Reservation(self._ledger, accepted, binding=call.binding)
 
     def _note_end(self, call: Call, reservation: Reservation) -> None:
         """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
-        entry, usage, model = reservation.entry, reservation.charged, call.model_label
-        self.metrics.in_flight.dec()
+        line, entry, usage, target = call.client.line, reservation.entry, reservation.charged, reservation.target
+        outcome, model = reservation.outcome, call.model_label
+        self.metrics.calls_in_flight -= 1
         self._durations.ended(entry.id, self._now())
-        self._stored_responses.delete_unless_complete(call, reservation)
-        line = call.client.line
-        line.outcome, line.usage = reservation.outcome, usage
-        line.upstream = None if reservation.target is None else reservation.target.upstream.name
+        line.outcome, line.usage = outcome, usage
         line.held_tokens, line.would_refuse = entry.hold.tokens, entry.would_refuse
-        # Of an unlisted model the name at the upstream is what the client wrote.
-        if reservation.target is not None and call.is_listed:
-            line.upstream_model = reservation.target.upstream_model
+        if target is not None:
+            line.upstream = target.upstream.name
+            if call.is_listed:  # of an unlisted model the name at the upstream is what the client wrote
+                line.upstream_model = target.upstream_model
         self._activity.ended(line)
-        self.metrics.ended(
-            endpoint=entry.labels.endpoint,
-            group=entry.admitted_via,
-            model=model,
-            outcome=reservation.outcome,
-            would_refuse=entry.would_refuse,
-        )
+        self._stored_responses.delete_unless_complete(call, reservation)
+        charged = None
         if usage is not None:
-            if line.upstream is not None and reservation.outcome == "complete" and usage.provenance != "unspent":
+            tokens = usage.tokens
+            # Beyond the hold is input that the request did not show, or an upstream that ignored its maximum.
+            charged = usage.provenance, tokens.input, tokens.output, tokens.beyond(entry.hold)
+            if target is not None and outcome == "complete" and usage.provenance != "unspent":
                 self.metrics.answered(
-                    line.upstream,
+                    target.upstream.name,
                     model,
                     is_stated=usage.provenance == "exactly",
                     counted=reservation.meter.counted_and_stated if next(self._answered) % _COMPARED == 0 else None,
                 )
-            self.metrics.charged(
-                group=entry.admitted_via,
-                model=model,
-                input_tokens=usage.tokens.input,
-                output_tokens=usage.tokens.output,
-                provenance=usage.provenance,
-                # Input that the request did not show, or an upstream that did not keep to its maximum.
-                hidden=usage.tokens.beyond(entry.hold),
-            )
+        self.metrics.ended(
+            *(entry.labels.endpoint, entry.admitted_via, model, outcome),
+            would_refuse=entry.would_refuse,
+            charged=charged,
+        )
 
     async def _admit(self, call: Call, renew: Renew) -> tuple[Accepted | Refused, Call, Candidates]:
         """Ask the ledger, and if only calls in flight prevent it, wait for them. Raises ClientLeft.
@@ -222,10 +215,8 @@ class Relay:
         Returns the reply, and the call and its candidates by the policy that decided. Nothing is sent and nothing is
         held while the call waits, so a disconnect simply cancels it.
         """
-        task = asyncio.current_task()
-        assert task is not None, "a call runs in a task"
         client = call.client
-        client.on_disconnected(task.cancel)
+        client.on_disconnected(client.task.cancel)
         try:
             candidates = await self._dispatcher.candidates(call)
 
@@ -254,7 +245,7 @@ class Relay:
         except asyncio.CancelledError:
             if not client.is_disconnected:
                 raise  # the server stops
-            _uncancel()
+            client.task.uncancel()
             raise ClientLeft from None
         finally:
             client.on_disconnected(None)
@@ -316,7 +307,7 @@ class Relay:
         await reservation.ready_to_count()
         try:
             with client.heartbeat(lambda: stream.is_between_events):
-                async for chunk in answer.chunks():
+                while chunk := await answer.next_chunk():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
                     while stream.is_waiting_for_hold:
                         if not await reservation.grow(
@@ -413,13 +404,6 @@ class Relay:
         return call.quota_headers(reservation.entry, reservation.counters, self._ledger.now(), is_held=is_held)
 
 
-def _uncancel() -> None:
-    """Take back the cancellation of this task, which was for its call alone."""
-    task = asyncio.current_task()
-    assert task is not None, "a call runs in a task"
-    task.uncancel()
-
-
 def _logged_id(answer: Answer) -> str | None:
     """The upstream's id of the request, for the log. A text that may be something else is left out."""
     id = answer.request_id
@@ -438,7 +422,7 @@ async def _read_to_end(answer: Answer) -> None:
     """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
     try:
         async with asyncio.timeout(_READ_TO_END_S):
-            async for _ in answer.chunks():
+            while await answer.next_chunk():
                 pass
     except (UpstreamError, TimeoutError):
         pass  # the connection is closed instead

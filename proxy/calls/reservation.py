@@ -44,8 +44,8 @@ HOLD_STEP = 1024
 # twice the maximum plus 64 tokens. The upstream is expected to keep to its maximum, but it counts with its own
 # tokenizer, and ours may find twice as many tokens in the same text. Example: `max_tokens: 100` was sent, and 100
 # tokens are held. Our count says 180 while the upstream has counted 95: the stream goes on. At 265 by our count the
-# upstream has evidently ignored the maximum, and the stream is ended. If there is room, the excess is held, 64 tokens
-# at a time.
+# upstream has evidently ignored the maximum, and the stream is ended. If there is room, the excess is held: up to 264
+# tokens at once, so that an upstream that counts differently costs one commit.
 _MISCOUNT_FACTOR = 2
 _MISCOUNT_TOKENS = 64
 
@@ -56,11 +56,13 @@ log = structlog.get_logger("reservation")
 class Reservation:
     """What is reserved for one call. `entry` is its state in the ledger, as of the ledger's last answer.
 
-    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt: before
-    the first one there is none. `outcome` and `charged` are set by its end.
+    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt, and
+    `covered` is how many tokens of output may have passed to the client: before the first attempt there are none.
+    `outcome` and `charged` are set by its end.
     """
 
     meter: Meter
+    covered: int
     _count: TokenCount
 
     def __init__(self, ledger: Ledger, accepted: Accepted, *, binding: Binding) -> None:
@@ -82,16 +84,11 @@ class Reservation:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
         self.target, self.meter, self._count = target, meter, count
         self.is_sent = True
-        self._widen_output_bound()
+        self._note_hold()
 
     async def ready_to_count(self) -> None:
         """Wait until the pieces of the answer can be counted. Only the first stream of a process has to wait."""
         await self._count.ready()
-
-    @property
-    def covered(self) -> int:
-        """How many tokens of output may have passed to the client."""
-        return max(self.entry.hold.output, self._unheld_allowance, self._miscount_allowance)
 
     async def grow(
         self, queue: AdmissionQueue, *, wait_s: float, is_disconnected: Callable[[], bool] = lambda: False
@@ -121,10 +118,12 @@ class Reservation:
             if self._has_lease_lapsed:
                 return False
             self._unheld_allowance = self._wanted_output()
+            self._note_hold()
             return True
         if maximum is None or self.entry.hold.output < maximum:
             return False
         self._miscount_allowance = _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS
+        self._note_hold()
         return seen <= self._miscount_allowance
 
     async def hold_whole_answer(self, queue: AdmissionQueue) -> bool:
@@ -134,8 +133,10 @@ class Reservation:
         would take every quota over its limit.
         """
         hold = self.entry.hold.output
-        usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
-        if hold == self.entry.maximum or usage.tokens.output <= hold:
+        if hold == self.entry.maximum:
+            return True
+        usage = await self.usage()
+        if usage.tokens.output <= hold:
             return True
         try:
             return await self._extend(queue, self._held_input(), wait_s=0, least=usage.tokens.output)
@@ -148,11 +149,15 @@ class Reservation:
         return self._ledger.lapses != self._lapses
 
     def _wanted_output(self) -> int:
-        """How much output to hold, in tokens: what was seen and HOLD_STEP, but within the maximum if there is one."""
+        """How much output to hold, in tokens: what was seen and HOLD_STEP.
+
+        It stays within the maximum if there is one, or, beyond it, within what our count may exceed it by.
+        """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        if maximum is None:
-            return min(seen + HOLD_STEP, TOKENS_MAX)
-        return min(seen + HOLD_STEP, maximum) if seen <= maximum else seen + _MISCOUNT_TOKENS
+        for bound in () if maximum is None else (maximum, _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS):
+            if seen <= bound:
+                return min(seen + HOLD_STEP, bound)
+        return min(seen + HOLD_STEP, TOKENS_MAX)
 
     async def _extend(
         self,
@@ -169,12 +174,13 @@ class Reservation:
         operation = Extend(self.entry.id, self._binding, input=held_input, output=wanted, least=seen)
         accepted = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
         self.entry, self.counters, self._lapses = accepted.entry, {**self.counters, **accepted.counters}, lapses
-        self._widen_output_bound()
+        self._note_hold()
         log.debug("hold extended", request=self.entry.id, hold=self.entry.hold.output, verdict=accepted.verdict.word)
         return accepted.verdict is Verdict.ALLOW and accepted.entry.state == "open"
 
-    def _widen_output_bound(self) -> None:
-        """Let the meter believe a usage that is within the hold, even if the call asked for less."""
+    def _note_hold(self) -> None:
+        """Let pass what is held, and let the meter believe a usage within it, even if the call asked for less."""
+        self.covered = max(self.entry.hold.output, self._unheld_allowance, self._miscount_allowance)
         self.meter.output_bound = max(self.meter.output_bound, self.entry.hold.output)
 
     def _held_input(self) -> int:

@@ -9,10 +9,11 @@ tokens available this bound is good enough. With 6,000 available it would refuse
 so the prompt is counted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
-from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
+from proxy.calls.tokenizer import BYTES_PER_TOKEN, Encoding, Tokenizers
 from proxy.formats.content import Prompt, read_pairs, read_prompt, with_files, with_images, with_previous
 from proxy.formats.estimate import counted, estimate_demand, with_context
 from proxy.formats.pieces import price_of, states_tokens
@@ -47,27 +48,34 @@ class TokenCount:
         body_bytes: int,
         previous: Entry | None = None,
     ) -> None:
-        prompt = with_images(prompt, model=model.upstream_model)
+        if prompt.images:
+            prompt = with_images(prompt, model=model.upstream_model)
         if request.form is not None:
             sizes = [file.size for file in request.form.files]
             prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)
         if previous is not None:
             prompt = with_previous(prompt, _total_tokens(previous, model))
         self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)
-        self.unstated_price = price_of(request, model) or None
-        self.should_state_tokens = request.endpoint.by_piece and states_tokens(request, model) is True
+        self.unstated_price: int | None = None
+        self.should_state_tokens = False
+        if request.endpoint.by_piece:
+            self.unstated_price = price_of(request, model) or None
+            self.should_state_tokens = states_tokens(request, model) is True
         self._tokenizers = tokenizers
         self._model = model
-        self._encoding = tokenizers.encoding_of(model)
         self._prompt = prompt
-        self._texts: Sequence[str] | None = prompt.texts  # None once they are counted
+        self._body_bytes = body_bytes
+        self._is_counted = False
         self._text_tokens: int | None = None
-        self._text_bytes = prompt.text_bytes(body_bytes)
 
-    @property
-    def output_counter(self) -> Callable[[str], int]:
-        """The function that counts the pieces of an answer while they pass."""
-        return self._tokenizers.count_by(self._encoding.name)
+    @cached_property
+    def _encoding(self) -> Encoding:
+        """The encoding of the model. Most calls are never counted, and don't ask for it."""
+        return self._tokenizers.encoding_of(self._model)
+
+    def count_output(self, text: str) -> int:
+        """The tokens of a piece of an answer, counted while it passes."""
+        return self._tokenizers.count(text, self._encoding.name)
 
     def begin_to_load(self) -> None:
         """Begin to read the table by which the pieces of an answer are counted."""
@@ -94,7 +102,7 @@ class TokenCount:
 
     async def count_large_input(self) -> None:
         """Count the input now if it is large, and drop its texts."""
-        if sum(map(len, self._texts or ())) > _KEPT_CHARACTERS_MAX:
+        if self._body_bytes > _KEPT_CHARACTERS_MAX and sum(map(len, self._prompt.texts)) > _KEPT_CHARACTERS_MAX:
             await self._count()
 
     async def exact_demand(self) -> Demand:
@@ -114,7 +122,8 @@ class TokenCount:
         """
         text_tokens = await self._count()
         if text_tokens is None:
-            return -(-self._text_bytes // BYTES_PER_TOKEN) + self._prompt.media_tokens
+            text_bytes = self._prompt.text_bytes(self._body_bytes)
+            return -(-text_bytes // BYTES_PER_TOKEN) + self._prompt.media_tokens
         return text_tokens + self._prompt.overhead
 
     async def output_tokens(self, texts: Sequence[str]) -> int:
@@ -125,8 +134,9 @@ class TokenCount:
         return -(-sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // BYTES_PER_TOKEN)
 
     async def _count(self) -> int | None:
-        if self._texts is not None:
-            texts, self._texts = self._texts, None
+        if not self._is_counted:
+            self._is_counted = True
+            texts, self._prompt = self._prompt.texts, replace(self._prompt, texts=())
             self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
             if self._prompt.repeats and self._text_tokens is not None:
                 again = await self._tokenizers.count_all(self._prompt.repeated, self._encoding.name)

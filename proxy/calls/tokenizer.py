@@ -160,10 +160,6 @@ class Tokenizers:
         tokens = tokens_in(text[:_INLINE_CHARACTERS], encode)
         return tokens if len(text) <= _INLINE_CHARACTERS else -(-tokens * len(text) // _INLINE_CHARACTERS)
 
-    def count_by(self, encoding: str) -> Callable[[str], int]:
-        """`count` with a fixed encoding, for the pieces of one answer."""
-        return partial(self.count, encoding=encoding)
-
     async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = _TIMEOUT_S) -> int | None:
         """The tokens of a whole prompt or answer, counted in threads.
 

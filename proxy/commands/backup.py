@@ -1,4 +1,4 @@
-"""`backup` and `restore` of a SQLite file, and `copy-database` from one database to an empty one."""
+"""`migrate`, `backup` and `restore` of a SQLite file, and `copy-database` from one database to an empty one."""
 
 import asyncio
 import signal
@@ -13,6 +13,7 @@ from proxy.commands.context import (
     NO,
     WRONG,
     command_options,
+    config_option,
     database_url,
     give_up,
     load,
@@ -33,6 +34,24 @@ _FIXABLE = (FileRefused, StoreInUse, StoreRefused, StoreUnavailable, NewerSchema
 _ROWS_SHOWN = 100_000
 # The same for pages of a backup: 400 MB.
 _PAGES_SHOWN = 100_000
+
+
+@click.command("migrate")
+@config_option
+def migrate(path: str) -> None:
+    """Migrate the database to this release's schema. One that is gone is made anew, with all quotas unused."""
+    config = load(path)
+    with _printed_errors():
+        asyncio.run(_migrate(config))
+    click.echo("The database has this release's schema.")
+
+
+async def _migrate(config: Config) -> None:
+    store = store_of(config.settings.database, may_be_new=True)
+    try:
+        await store.open()
+    finally:
+        await store.close()
 
 
 @click.command("backup")

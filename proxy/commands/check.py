@@ -1,4 +1,7 @@
-"""`check`: whether a config is valid, what in it probably is not meant so, and whether its upstreams can be used."""
+"""`check` and `schema`.
+
+`check` says whether a config is valid, what in it probably is not meant so, and whether its upstreams can be used.
+"""
 
 import asyncio
 from collections.abc import Iterable
@@ -9,8 +12,9 @@ from typing import Any, Literal
 import click
 import uvloop
 
-from proxy.commands.context import NO, config_file, show, show_json
+from proxy.commands.context import NO, config_file, config_option, show, show_json
 from proxy.config.document import Diagnostic
+from proxy.config.json_schema import json_schema, settings_page
 from proxy.config.lint import missing_programs, warnings
 from proxy.config.loader import MISTAKES_SHOWN, BadConfig, Config
 from proxy.config.messages import finding_at
@@ -54,9 +58,7 @@ class Report:
 
 
 @click.command("check")
-@click.option(
-    "--config", "path", default="quotas.yaml", show_default=True, help="The file with the policy and the settings."
-)
+@config_option
 @click.option("--strict", is_flag=True, help="Exit with 1 also if there are only warnings.")
 @click.option("--connect", is_flag=True, help="Also ask each upstream for its models: address, certificate, key.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -153,3 +155,10 @@ def _finding_json(severity: Severity, found: Diagnostic) -> dict[str, Any]:
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
     return {"upstream": trial.upstream, "ok": trial.verdict != "error", "models": trial.models, "text": trial.text}
+
+
+@click.command("schema")
+@click.option("--markdown", is_flag=True, help="Print a page of documentation instead, with every setting.")
+def schema(*, markdown: bool) -> None:
+    """Print the JSON Schema of the config, for editors."""
+    click.echo(settings_page() if markdown else json_schema(), nl=False)

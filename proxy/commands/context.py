@@ -67,6 +67,11 @@ class Context:
         return await self.administration.user(self.administration.resolve(name))
 
 
+config_option = click.option(
+    "--config", "path", default="quotas.yaml", show_default=True, help="The file with the policy and the settings."
+)
+
+
 def command_options(command: Command) -> Command:
     """The options that every one of these commands has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

@@ -7,23 +7,24 @@ so what is found here does not depend on whether a value is in a list. Pure.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.formats.strict_json import DEPTH_MAX, INTEGERS_MAX
 
 # Fields whose values are messages or items, and on some endpoints texts or lists of token numbers.
 _TURN_FIELDS = ("messages", "input")
 # Other fields in which content may be: texts, parts, and images.
-_CONTENT_FIELDS = frozenset(
+CONTENT_FIELDS = frozenset(
     "system instructions prompt image images mask attachments documents file files image_url reference_images".split()
 )
 # Members of turns and parts below which nothing is content: see `content_objects`.
 _NO_CONTENT = frozenset(
     "arguments input parameters input_schema tools annotations citations results outputs action logprobs".split()
 )
-# The longest name of a role that has a meaning here: `developer`.
-ROLE_MAX = 9
+# How DashScope's `qwen-long` names stored files: in the text of a system message.
+FILE_ID_TEXT = "fileid://"
+_SYSTEM_ROLES = ("system", "developer")
+_ROLE_MAX = max(map(len, _SYSTEM_ROLES))
 # Members of which each tool has at least one.
 _TOOL_MEMBERS = frozenset(("type", "name", "function"))
 # Values below which there may be others, and those that may be rounded integers.
@@ -32,8 +33,7 @@ _NESTED_OR_FLOAT = frozenset((dict, list, float))
 _CLIENT_TOOL_TYPES = ("function", "custom", None)
 
 
-@dataclass(frozen=True, slots=True)
-class Turns:
+class Turns(NamedTuple):
     """A list of messages or items, after one walk over it.
 
     Most turns of a conversation are plain: a role and a text, and nothing else. They refer to nothing, nest nothing
@@ -41,17 +41,17 @@ class Turns:
 
     `reading` has the texts of plain turns and every other turn as it is, in the order of the list. `unusual` are
     these other turns, `plain` is the number of plain ones. The role of a plain turn comes before its text, in
-    whatever order the client wrote them, which makes no difference to the number of tokens. `roles` are the roles of
-    plain turns, and the first ROLE_MAX + 1 characters of texts that are turns themselves:
+    whatever order the client wrote them, which makes no difference to the number of tokens. `names_files` says that a
+    plain system message has FILE_ID_TEXT in it:
 
         [{"role": "user", "content": "Hi"}, {"role": "user", "content": [{…}]}]
-        → reading ["user", "Hi", {…}], unusual [{…}], plain 1, roles {"user"}
+        → reading ["user", "Hi", {…}], unusual [{…}], plain 1, names_files False
     """
 
     reading: list[object]
     unusual: list[object]
     plain: int
-    roles: set[str]
+    names_files: bool
 
 
 class RequestBody:
@@ -75,26 +75,33 @@ class RequestBody:
     def __init__(self, document: Mapping[str, Any], *, cost: int = 0) -> None:
         self.cost = cost
         self.document = document
-        self.turns: Mapping[str, Turns] = {
-            name: _walk_turns(turns) for name in _TURN_FIELDS if type(turns := document.get(name)) is list
-        }
-        self.unusual = unusual_turns(self, _TURN_FIELDS)
-        self.tools = _offered_tools(document, self.unusual)
+        self.turns: dict[str, Turns] = {}
+        self.unusual: list[dict[str, Any]] = []
+        self.tools: list[Any] = []
         self._on_freed: Callable[[], object] | None = None
-        self._survey()
-
-    def _survey(self) -> None:
-        """Look at all values except those of plain turns, level by level, so that no depth overflows the stack."""
         self.is_too_deep = self.has_large_floats = False
-        turns = self.turns
         # The body is level 1. A list of turns is level 2, and its turns are level 3.
-        level = [value for name, value in self.document.items() if name not in turns]
-        below: list[Any] = [turn for field in turns.values() for turn in field.unusual]
+        level: list[Any] = []
+        for name, value in document.items():
+            if name in _TURN_FIELDS and type(value) is list:
+                turns = self.turns[name] = _walk_turns(value)
+                if turns.unusual:
+                    level.append(turns.unusual)
+            elif type(value) in _NESTED_OR_FLOAT:
+                level.append(value)
+        if level:
+            self._survey(level)
+            self.unusual = unusual_turns(self, _TURN_FIELDS)
+        if level or "tools" in document:
+            self.tools = _offered_tools(document, self.unusual)
+
+    def _survey(self, level: list[Any]) -> None:
+        """Look at all values except those of plain turns, level by level, so that no depth overflows the stack."""
         for _ in range(DEPTH_MAX - 1):
-            nested = [value for value in level if type(value) is dict or type(value) is list]
+            nested = [value for value in level if type(value) is not float]
             if len(nested) < len(level):
                 self.has_large_floats |= any(type(each) is float and abs(each) >= INTEGERS_MAX for each in level)
-            level = below + [
+            level = [
                 child
                 for value in nested
                 for child in (value.values() if type(value) is dict else value)
@@ -102,7 +109,6 @@ class RequestBody:
             ]
             if not level:
                 return
-            below = []
         self.is_too_deep = any(type(value) is not float for value in level)
 
     def when_freed(self, notify: Callable[[], object]) -> None:
@@ -121,8 +127,7 @@ class RequestBody:
 def _walk_turns(turns: list[Any]) -> Turns:
     reading: list[object] = []
     unusual: list[object] = []
-    roles: set[str] = set()
-    append, plain = reading.append, 0
+    append, plain, names_files = reading.append, 0, False
     # Written for speed, because conversations have hundreds of turns: types of JSON values have no subclasses, so
     # `type` does for `isinstance`, and `get` takes half the time of unpacking `values()`.
     for turn in turns:
@@ -136,16 +141,21 @@ def _walk_turns(turns: list[Any]) -> Turns:
         ):
             append(role)
             append(text)
-            roles.add(role)
             plain += 1
+            if role != "user" and role != "assistant" and FILE_ID_TEXT in text and is_system_role(role):
+                names_files = True
         elif type(turn) is str:
             if turn:
                 append(turn)
-                roles.add(turn[: ROLE_MAX + 1])
         else:
             append(turn)
             unusual.append(turn)
-    return Turns(reading, unusual, plain, roles)
+    return Turns(reading, unusual, plain, names_files)
+
+
+def is_system_role(role: object) -> bool:
+    """Whether this is the role of a system message."""
+    return isinstance(role, str) and len(role) <= _ROLE_MAX and role.casefold() in _SYSTEM_ROLES
 
 
 def content_objects(body: RequestBody) -> list[dict[str, Any]]:
@@ -156,7 +166,7 @@ def content_objects(body: RequestBody) -> list[dict[str, Any]]:
     those that only repeat what the upstream once said, such as citations.
     """
     found: list[dict[str, Any]] = body.unusual[:]
-    lists: list[list[Any]] = [[value for name, value in body.document.items() if name in _CONTENT_FIELDS]]
+    lists: list[list[Any]] = [[value for name, value in body.document.items() if name in CONTENT_FIELDS]]
     read = 0
     while lists or read < len(found):  # not recursive, so no depth overflows the stack
         while lists:

@@ -37,14 +37,8 @@ _COMMON_KEYS = frozenset(
     ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
 )
 # The spellings of "no usage yet" on a chunk, with the comma that has to be removed too: a comma before the member, or
-# behind it if the member is the first. The zeros are Ollama's, on every chunk of /completions.
-_PLACEHOLDERS = (
-    b',"usage":null',
-    b', "usage": null',
-    b'"usage":null,',
-    b'"usage": null, ',
-    b',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}',
-)
+# behind it if the member is the first.
+_NULLS = (b',"usage":null', b', "usage": null', b'"usage":null,', b'"usage": null, ')
 # The members that all chunks of an answer share.
 _HEAD_MEMBERS = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
 # Used if a stream is stopped before any chunk of it passed. The id is not random, because this module is pure, and an
@@ -65,6 +59,11 @@ class ChatMeter(Meter):
     removed or put back, so that the client gets what it would have got otherwise.
     """
 
+    # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
+    _finish_chunk: tuple[bytes, JSON] | None = None
+    _usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
+    _has_finish = False  # one of several choices has finished since the last of these usage chunks
+
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         running_usage = kind_of(kind).running_usage
@@ -72,21 +71,12 @@ class ChatMeter(Meter):
         self._stripped_running_usage = running_usage if kind in request.adds_running_usage else None
         self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts
-        # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
-        self._finish_chunk: tuple[bytes, JSON] | None = None
-        self._usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
-        self._has_finish = False  # one of several choices has finished since the last of these usage chunks
         self._usage_of_choices: dict[int, Stated] = {}  # the usages inside choices, by the index of the choice
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on, and move no timings."""
         super().stop_stripping()
         self._stripped_running_usage, self._moves_timings = None, False
-
-    @property
-    def input_stated(self) -> int | None:
-        """The tokens of the input, if the upstream has stated that of all prompts."""
-        return None if self._is_partial and self._has_several_prompts else super().input_stated
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client; a finish chunk may be kept for one event."""
@@ -105,7 +95,7 @@ class ChatMeter(Meter):
         if kept and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
             return with_timings(*kept, event, chunk)
         if is_finish_chunk(chunk) and "timings" not in chunk:
-            without_null = chunk if chunk.get("usage") else {key: v for key, v in chunk.items() if key != "usage"}
+            without_null = chunk if chunk.get("usage") else _without(chunk, "usage")
             self._finish_chunk, shown = (shown, without_null), b""
         return (kept[0] if kept else b"") + shown
 
@@ -118,7 +108,7 @@ class ChatMeter(Meter):
         return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
 
     def _see_answer(self, answer: JSON) -> None:
-        self._see_usage(answer.get("usage"))
+        self._record(self._read(answer.get("usage")))
         self._see_usages_elsewhere(answer)
         if self._states_first_choice_only:
             self._keep_other_choices(without_usages(answer.get("choices")))
@@ -133,39 +123,49 @@ class ChatMeter(Meter):
             self.uncounted_texts = list(texts_in(choices[1:]))
             self._is_partial = True
             if self._has_several_prompts:  # the stated input is that of the first prompt only
-                self._stated = replace(self._stated, input=None, cached=0)
+                self._set_stated(replace(self._stated, input=None, cached=0))
+                self.input_stated = None
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
-        self._see_error(chunk)
-        choices = chunk.get("choices")
+        raw, choices = event.raw, chunk.get("choices")
+        if chunk.get("error") is not None:
+            self.has_error = True
         # The bytes are searched, because this is the path of every chunk and hardly any has such members.
-        has_usage = event.raw.count(b'"usage"') > ("usage" in chunk)
+        has_usage = raw.count(b'"usage"') > ("usage" in chunk)
         if choices:
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
             if self._choices > 1:
                 self._has_finish = self._has_finish or _has_finish(choices)
             text = plain_text(choices)
-            if text is not None:
-                self._keep([text] if text else [])
-            else:
+            if text:
+                self._keep(text)
+            elif text is None:
                 self._count_texts(without_usages(choices) if has_usage else choices)
         elif not isinstance(chunk.get("usage"), dict):
             self._count_other_shape(chunk, chunk.get("type") or event.name)
-        if has_usage or b'"x_' in event.raw:
+        if has_usage or b'"x_' in raw:
             self._see_usages_elsewhere(chunk)
-        if "usage" not in chunk:
-            self._see_running_usage(read_timings(chunk.get("timings")))
+        if "usage" in chunk:
+            return self._see_usage_beside(choices, chunk, event)
+        if "timings" in chunk:
+            self._see_running_usage(read_timings(chunk["timings"]))
             return self._without_running_timings(chunk, event)
+        return raw
+
+    def _see_usage_beside(self, choices: object, chunk: JSON, event: Event) -> bytes:
+        """Record the usage that a chunk states beside its choices, and return the chunk as it would come unasked.
+
+        OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros; beside a choice
+        they state no usage either. Without a choice they are one, and `usage` decides what they count.
+        """
         usage = chunk["usage"]
-        # OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros; beside a choice
-        # they are a placeholder too. Zeros without a choice are a usage; `usage` decides what they count.
-        is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
-        if isinstance(usage, dict) and not is_placeholder:
+        if isinstance(usage, dict):
             if not choices:
                 return self._see_usage_chunk(chunk, event)
-            self._see_running_usage(self._read(usage))
-            if self._stripped_running_usage == "usage":
-                return without_usage(event, chunk)
+            if any(usage.values()):
+                self._see_running_usage(self._read(usage))
+                return without_usage(event, chunk) if self._stripped_running_usage == "usage" else event.raw
+        is_placeholder = usage is None or isinstance(usage, dict)
         return without_usage(event, chunk) if is_placeholder and self._strips_usage else event.raw
 
     def _see_usage_chunk(self, chunk: JSON, event: Event) -> bytes:
@@ -203,7 +203,8 @@ class ChatMeter(Meter):
                 self._record(stated)
             elif stated is not None and 0 <= index < self._choices:
                 before = self._usage_of_choices.get(index, stated)
-                self._is_contradicted = self._is_contradicted or stated.contradicts(before)
+                if stated.contradicts(before):
+                    self._is_contradicted = self._is_doubtful = True
                 self._usage_of_choices[index] = stated.largest(before)
                 if len(self._usage_of_choices) == self._choices:
                     self._record(self._added([*self._usage_of_choices.values()]))
@@ -225,7 +226,7 @@ class ChatMeter(Meter):
         If a stop word ends the answer, llama.cpp sends timings with the last text too; those are removed, and it
         repeats them on the next chunk.
         """
-        is_running = self._stripped_running_usage == "timings" and "timings" in chunk
+        is_running = self._stripped_running_usage == "timings"
         return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
 
 
@@ -242,16 +243,15 @@ class ChatEnding(Ending):
         super().__init__()
         self._is_chat = is_chat
         self._choices = choices
-        self._first: JSON = {}
-        self._last: JSON = {}  # the last chunk with a choice
+        self._first = self._last = b""  # the first chunk, and the last one with a choice
         self._begun: set[int] = set()  # indices of the choices that have had a chunk
         self._finished: set[int] = set()  # indices of the choices that have a finish_reason
 
-    def see(self, chunk: JSON) -> None:
-        """Record one chunk that passed. It is kept, so the caller must not change it afterwards."""
+    def see(self, chunk: JSON, data: bytes) -> None:
+        """Record one chunk that passed."""
         choices = chunk.get("choices")
         if isinstance(choices, list) and choices:
-            self._last = chunk
+            self._last = data
             for choice in choices:
                 index = choice.get("index", 0) if isinstance(choice, dict) else None
                 # A choice that was not requested gets no end. It is not recorded either, because an upstream could
@@ -261,7 +261,7 @@ class ChatEnding(Ending):
                     if choice.get("finish_reason"):  # some servers write "" instead of null
                         self._finished.add(index)
         if not self._first:
-            self._first = chunk
+            self._first = data
         self.has_finished = len(self._finished) >= self._choices
 
     def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
@@ -271,11 +271,12 @@ class ChatEnding(Ending):
 
     def _missing_chunks(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
         # Azure's first chunk is `{"id":"","model":"","created":0,"choices":[],…}`, so the last chunk overrides it.
-        passed = {**self._first, **self._last}
+        last = read_object(self._last) or {}
+        passed = {**(read_object(self._first) or {}), **last}
         head = {name: passed[name] for name in _HEAD_MEMBERS if name in passed}
         head = head or (_UNKNOWN_CHAT if self._is_chat else _UNKNOWN_COMPLETION)
         # If usage is requested, OpenAI writes `"usage": null` on all chunks but the last; vLLM and Ollama do not.
-        null_usage = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
+        null_usage = {"usage": None} if shows_usage and last.get("usage", 0) is None else {}
         for index in range(self._choices):
             if index not in self._finished:
                 yield {**head, "choices": [self._cut_choice(index)], **null_usage}
@@ -335,7 +336,7 @@ def with_timings(raw: bytes, chunk: JSON, usage_event: Event, usage_chunk: JSON)
 
 def without_timings(event: Event, chunk: JSON) -> bytes:
     """The event without `timings`, which llama.cpp writes on every chunk if `timings_per_token` is set."""
-    raw, expected = event.raw, {key: value for key, value in chunk.items() if key != "timings"}
+    raw, expected = event.raw, _without(chunk, "timings")
     start = raw.rfind(b',"timings":{')
     cut = raw[:start] + raw[raw.find(b"}", start) + 1 :]  # timings contain only numbers, so the first } ends them
     return cut if start >= 0 and _parses_to(cut, expected) else _serialize(expected)
@@ -343,21 +344,24 @@ def without_timings(event: Event, chunk: JSON) -> bytes:
 
 def without_usage(event: Event, chunk: JSON) -> bytes:
     """The event without `usage`, which is there only because the proxy asked for it."""
-    raw = event.raw
-    expected = {key: value for key, value in chunk.items() if key != "usage"}
+    raw, usage = event.raw, chunk["usage"]
     # Quotes inside a string are escaped, so `"usage"` with plain quotes is a name or a whole string. If it occurs
     # once, it is the member. Otherwise it may also be a string (`"note":"usage"`) or the member of an inner object
     # (`{"a":{"x":1,"usage":null},"usage":null}`), so each place where it could be cut is checked by parsing the
     # result.
     is_only_one = raw.count(b'"usage"') == 1
-    for member in (*_PLACEHOLDERS, b',"usage":' + dump(chunk["usage"])):
+    for member in _NULLS if usage is None else (b',"usage":' + dump(usage),):
         before, found, after = raw.partition(member)
         while found:
-            if is_only_one or _parses_to(before + after, expected):
+            if is_only_one or _parses_to(before + after, _without(chunk, "usage")):
                 return before + after
             skipped, found, after = after.partition(member)
             before += member + skipped
-    return _serialize(expected)
+    return _serialize(_without(chunk, "usage"))
+
+
+def _without(chunk: JSON, member: str) -> JSON:
+    return {name: value for name, value in chunk.items() if name != member}
 
 
 def _parses_to(raw: bytes, chunk: JSON) -> bool:

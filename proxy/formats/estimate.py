@@ -64,6 +64,7 @@ _USUAL_FIELDS = frozenset(
 )
 # Where a request states a budget for reasoning: in a member of a field.
 REASONING_BUDGETS = (("thinking", "budget_tokens"), ("reasoning", "max_tokens"))
+_BUDGET_FIELDS = frozenset(name for name, _ in REASONING_BUDGETS)
 # Formats of `response_format` that are grammars. A JSON Schema produces text only.
 _GRAMMAR_FORMATS = ("grammar", "gbnf", "ebnf", "lark_grammar", "structural_tag")
 
@@ -75,14 +76,16 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     3,072 tokens. If all of its output can be counted while it streams, these 3,072 are reserved first, and more as it
     grows; otherwise all 15,000.
     """
-    uses, price = uses_of(request, model), price_of(request, model)
-    if uses in (Uses.NOTHING, Uses.REQUEST):
+    endpoint, uses, price = request.endpoint, request.endpoint.uses, 0
+    if endpoint.by_piece:
+        uses, price = uses_of(request, model), price_of(request, model)
+    if uses is Uses.NOTHING or uses is Uses.REQUEST:
         return Demand(input=0, output_maximum=0, smallest=0, initial_hold=0, uses=uses)
     if uses is Uses.OUTPUT:
         return Demand(input=0, output_maximum=price, smallest=price, initial_hold=price, uses=uses)
     bound = prompt.bound(body_bytes)
-    hidden_input = _hidden_input(prompt, model, bound)
-    if not request.endpoint.shows_output:
+    hidden_input = _hidden_input(prompt, model, bound) if prompt.has_hidden_input else 0
+    if not endpoint.shows_output:
         # No field makes such an answer shorter, and its tokens are known only at its end. So all of it is reserved.
         # An answer that may state its tokens, and does not, costs its price.
         output_maximum = max(_unbounded_answer(request, model), price)
@@ -105,12 +108,13 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     each = DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
     # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
-    budget = reasoning_budget(request.body.document)
+    document = request.body.document
+    budget = 0 if _BUDGET_FIELDS.isdisjoint(document) else reasoning_budget(document)
     least = budget + (model.smallest_answer or SMALLEST_ANSWER)
     # If 0 may mean no maximum, the least that can be sent instead is 1.
-    least = 1 if _asks_for_0(request, kind) else least
+    least = 1 if not stated and _asks_for_0(request, kind) else least
     smallest = min(min(each, least) * request.choices, output_maximum)
-    grows = streams_all_output(request, model)
+    grows = request.stream and streams_all_output(request, model)
     return Demand(
         input=bound,
         output_maximum=output_maximum,
@@ -122,7 +126,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
         uses=uses,
         grows=grows,
         fixed=min(budget * request.choices, TOKENS_MAX) if model.smallest_answer is None else TOKENS_MAX,
-        floor=min(kind.least_written(request.endpoint) * request.choices, TOKENS_MAX),
+        floor=min(kind.least_written(endpoint) * request.choices, TOKENS_MAX),
     )
 
 
@@ -205,6 +209,8 @@ def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
     That is: audio and images; a prediction, whose rejected tokens are billed; reasoning with a budget; reasoning that
     is left out of the answer; tokens without text. Some servers accept the names in any case, or in camel case.
     """
+    if _USUAL_FIELDS.issuperset(document):
+        return False
     fields = _plain_fields(document)
     sections = [
         _plain_fields(inner)
@@ -292,21 +298,22 @@ def stated_maximum(request: Request, kind: Kind) -> int | None:
     Of several fields the largest counts: which one wins differs by the upstream's version. -1 in one of them is no
     maximum, whatever the others say.
     """
-    numbers = _stated_numbers(request, kind)
-    if any(kind.is_endless(number, request.endpoint) for number in numbers):
-        return None
-    return max(numbers, default=None)
+    endpoint, document = request.endpoint, request.body.document
+    largest = None
+    for name in kind.maximum_fields(endpoint):
+        number = document.get(name)
+        if number is not None:
+            if kind.is_endless(number, endpoint):
+                return None
+            largest = number if largest is None else max(largest, number)
+    return largest
 
 
 def _asks_for_0(request: Request, kind: Kind) -> bool:
-    numbers = _stated_numbers(request, kind)
-    return bool(numbers) and not any(numbers)
-
-
-def _stated_numbers(request: Request, kind: Kind) -> list[int]:
-    """The numbers in the fields of the request that bound an answer at this kind of upstream."""
+    """Whether all fields that bound an answer at this kind of upstream, of those that the request states, say 0."""
     values = map(request.body.document.get, kind.maximum_fields(request.endpoint))
-    return [number for number in values if number is not None]
+    numbers = [number for number in values if number is not None]
+    return bool(numbers) and not any(numbers)
 
 
 def _upstream_default(request: Request, kind: Kind) -> int | None:

@@ -12,16 +12,21 @@ The headers with fixed names describe the quota that would refuse this user firs
 up to whole seconds, so that a client that waits for them is not too early. Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from zoneinfo import ZoneInfo
 
+from proxy.policy.amounts import FAMILIES, Family
 from proxy.policy.quota import Binding
-from proxy.policy.status import NEAR_PERCENT, QuotaStatus, first_to_refuse, seconds_up
+from proxy.policy.status import NEAR_PERCENT, QuotaStatus, Use, first_to_refuse, seconds_up
 from proxy.policy.windows import rfc3339
 
 _UTC = ZoneInfo("UTC")
 # How many quotas the draft's headers list, so that they stay short for a user with many groups.
 _QUOTAS_MAX = 3
+# OpenAI's names, which are for tokens and for requests.
+_OPENAI_NAMES: Mapping[Family, Sequence[str]] = {
+    family: [f"x-ratelimit-{part}-{family}" for part in ("limit", "remaining", "reset")] for family in FAMILIES
+}
 
 
 def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
@@ -34,26 +39,28 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     """
     headers: dict[str, str] = {}
     for family, (status, use) in first_to_refuse(binding, statuses).items():
-        headers[f"x-ratelimit-limit-{family}"] = str(use.limit.maximum)
-        headers[f"x-ratelimit-remaining-{family}"] = str(use.remaining)
-        headers[f"x-ratelimit-reset-{family}"] = go_duration(status.counter.window.resets_at - now)
+        limit, remaining, reset = _OPENAI_NAMES[family]
+        headers[limit] = str(use.limit.maximum)
+        headers[remaining] = str(use.remaining)
+        headers[reset] = go_duration(status.counter.window.resets_at - now)
     # Tightest first, by the part that remains and then by the number: of 1000 with 100 left (10 %), 100 with 50 left
     # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
     # out.
-    found = []
-    for position, status in enumerate(statuses.values()):
-        if status.quota.enforce != "shadow" and (tightest := status.tightest()) is not None:
-            found.append((tightest.share, tightest.remaining, position, status, tightest))
+    found: list[tuple[int, int, int, QuotaStatus, Use]] = []
+    for status in statuses.values():
+        if status.quota.enforce != "shadow" and (tightest := status.tightest) is not None:
+            found.append((tightest.share, tightest.remaining, len(found), status, tightest))
+    if not found:
+        return headers
     found.sort()
-    policy, left = [], []
+    policy, left = "", ""
     for _, _, _, status, use in found[:_QUOTAS_MAX]:
-        id, window = status.quota.id, status.counter.window
+        window, comma = status.counter.window, ", " if policy else ""
         unit = "" if use.limit.measure.family == "requests" else ';qu="tokens"'
-        policy.append(f'"{id}";q={use.limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}')
-        left.append(f'"{id}";r={use.remaining};t={max(0, seconds_up(window.resets_at - now))}')
-    if policy:
-        headers["ratelimit-policy"] = ", ".join(policy)
-        headers["ratelimit"] = ", ".join(left)
+        length, rest = seconds_up(window.resets_at - window.opened_at), seconds_up(window.resets_at - now)
+        policy += f'{comma}"{status.quota.id}";q={use.limit.maximum};w={length}{unit}'
+        left += f'{comma}"{status.quota.id}";r={use.remaining};t={rest if rest > 0 else 0}'
+    headers["ratelimit-policy"], headers["ratelimit"] = policy, left
     return headers
 
 
@@ -76,7 +83,9 @@ def warning_headers(statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, 
     """
     items = []
     for status in statuses.values():
-        if status.quota.enforce == "shadow":
+        # What is used of a limit does not remain of it.
+        is_far = status.tightest is None or status.tightest.share > (100 - NEAR_PERCENT) * 10_000
+        if is_far or status.quota.enforce == "shadow":
             continue
         for limit, used, remaining, _ in status.uses:
             # A limit of 0 is a switch that is off, and nobody is near it.

@@ -198,7 +198,7 @@ class MessagesEnding(Ending):
         self._open: int | None = None  # the index of the open content block
         self._usage: JSON = {}  # the usage that `message_start` stated
 
-    def see(self, chunk: JSON) -> None:
+    def see(self, chunk: JSON, data: bytes) -> None:
         """Record one event that passed."""
         kind, index = chunk.get("type"), chunk.get("index")
         if kind == "message_start":

@@ -26,27 +26,24 @@ _NAME_WITH_ANOTHER_MEANING = re.compile(
     r"|(?:^|/)openrouter/(?:auto|bodybuilder|free|fusion|pareto)|[,#|]|://",
     re.IGNORECASE,
 )
-# What the error for a bad name says.
-BAD_NAME = (
-    f'"model" must be a name of 1 to {_CHARACTERS_MAX} printable characters, without blanks around it '
-    'and without "." or ".." between slashes.'
-)
 
 
-def is_bad_name(name: object) -> bool:
-    """Whether no call can name a model so, whatever its endpoint."""
-    return (
+def check_name_form(name: object) -> None:
+    """Raise InvalidRequest if no call can name a model so, whatever its endpoint. None: it names no model."""
+    if name is None:
+        message = '"model" is missing: name the model to use.'
+        raise InvalidRequest(message, param="model", code="missing_required_parameter")
+    if (
         not isinstance(name, str)
         or not 0 < len(name.strip()) == len(name) <= _CHARACTERS_MAX
         or not name.isprintable()
         or _DOT_SEGMENT.search(name) is not None
-    )
-
-
-def check_name_form(name: str) -> None:
-    """Raise InvalidRequest if no call can name a model so, whatever its endpoint."""
-    if is_bad_name(name):
-        raise InvalidRequest(BAD_NAME, param="model")
+    ):
+        raise InvalidRequest(
+            f'"model" must be a name of 1 to {_CHARACTERS_MAX} printable characters, without blanks around it '
+            'and without "." or ".." between slashes.',
+            param="model",
+        )
 
 
 def check_model_name(name: str) -> None:

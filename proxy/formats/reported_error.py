@@ -44,12 +44,17 @@ def reports_error(data: bytes, answer: JSON | None, *, name: str | None = None) 
     """
     if answer is None:
         return data != b"[DONE]"
-    if answer.get("error") is not None or answer.get("errors") or (name or "").casefold() == "error":
+    if answer.get("error") is not None or answer.get("errors") or (name is not None and name.casefold() == "error"):
         return True
     choices, kind = answer.get("choices"), answer.get("type")
     # The two frequent kinds of events first: a search of their bytes takes longer than parsing them.
     if isinstance(choices, list) and choices:
-        return any(isinstance(choice, dict) and _is_failed(choice) for choice in choices)
+        for choice in choices:
+            if isinstance(choice, dict) and (
+                choice.get("error") is not None or choice.get("finish_reason") == "error"
+            ):
+                return True
+        return False
     if isinstance(kind, str) and kind.endswith("delta"):
         return False
     return (
@@ -90,10 +95,6 @@ def _states_error(name: str, value: object) -> bool:
     """Whether a member of an answer states an error. Of a message that begins, `message` is an object."""
     is_message = plain_name(name) in _OTHER_MEMBERS and bool(value)
     return is_message and not (name == "message" and isinstance(value, dict))
-
-
-def _is_failed(choice: JSON) -> bool:
-    return choice.get("error") is not None or choice.get("finish_reason") == "error"
 
 
 def may_report_error(data: bytes) -> bool:

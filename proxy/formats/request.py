@@ -14,19 +14,23 @@ from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, Kind, kind_of
 from proxy.formats.multipart import Form
-from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_field, used_fields
+from proxy.formats.restrictions import CHECKED_FIELDS, USUAL_FIELDS, check_body, check_form_field, used_fields
 from proxy.formats.strict_json import dump, parse_exactly, parse_object
 from proxy.policy.catalog import Model
 
 # Fields of forms in which "false" is a text.
 _TEXTS_OF_FORMS = ("model", "prompt")
+# None of these is a spelling of another one.
+_PLAIN_FIELDS = CHECKED_FIELDS | USUAL_FIELDS
+# Fields that decide how many answers there are.
+_CHOICE_FIELDS = frozenset((*CHOICE_COUNT_FIELDS, "best_of", "prompt", "prompt_embeds"))
 # The kinds of upstream with an option for usage on every chunk.
 _WITH_RUNNING_USAGE: dict[str, Kind] = {name: kind for name, kind in KINDS.items() if kind.running_usage is not None}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """One metered request: what it asks for, and its parsed body.
+    """One metered request: what it asks for, and its parsed body. Nothing changes it.
 
     `choices` is how many answers the upstream generates in total. `form` is set if the request is multipart.
 
@@ -68,7 +72,7 @@ def parse_request(
     `deployment` is the model in the path that Azure's clients use. It overrides `model` in the body, as it does at
     Azure. `cost` is the `reading_cost` of the body.
     """
-    read = RequestBody(parse_object(body, CHECKED_FIELDS), cost=cost)
+    read = RequestBody(parse_object(body, CHECKED_FIELDS, usual=_PLAIN_FIELDS), cost=cost)
     if read.has_large_floats:  # they may be integers, which must not be rounded
         read = RequestBody(parse_exactly(body), cost=cost)
     return _request(endpoint, read, deployment)
@@ -93,7 +97,8 @@ def _request(endpoint: Endpoint, body: RequestBody, deployment: str | None, form
     check_body(endpoint, body, model=model)
     # On /audio/speech `stream` means nothing; `stream_format: "sse"` asks for a stream of events.
     stream = document.get("stream_format") == "sse" if endpoint is SPEECH else bool(document.get("stream"))
-    choices = _choices(endpoint, document)
+    has_choices = endpoint.generates and not _CHOICE_FIELDS.isdisjoint(document)
+    choices = _choices(endpoint, document) if has_choices else 1
     options = document.get("stream_options")
     asks_for_usage = isinstance(options, dict) and bool(options.get("include_usage"))
     can_ask = stream and endpoint.has_usage_option
@@ -178,8 +183,6 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     On /completions that is the larger of `n` and `best_of`, for each prompt: with n = 2, best_of = 5 and two prompts
     the upstream generates 10 answers and returns 4.
     """
-    if not endpoint.generates:
-        return 1
     each = max([document.get(name) or 1 for name in CHOICE_COUNT_FIELDS])
     if endpoint.name != "completions":
         return each

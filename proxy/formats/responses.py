@@ -74,7 +74,7 @@ class ResponsesMeter(Meter):
         return [without_usages(answer.get("choices")), answer.get("output")]
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
-        self._see_error(chunk)
+        self.has_error = self.has_error or chunk.get("error") is not None
         # Clients that go by the name of the event need no type.
         kind, response = chunk.get("type") or event.name, chunk.get("response")
         if isinstance(response, dict):
@@ -256,7 +256,7 @@ class ResponsesEnding(Ending):
         self._items: dict[int, _Item] = {}  # by output index
         self._number = -1  # the last sequence_number
 
-    def see(self, chunk: JSON) -> None:
+    def see(self, chunk: JSON, data: bytes) -> None:
         """Record one event that passed."""
         kind = chunk.get("type")
         if not isinstance(kind, str):

@@ -14,15 +14,22 @@ Bytes that are no unambiguous JSON are refused before, in `strict_json` and `mul
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import ROLE_MAX, RequestBody, content_objects, unusual_turns
+from proxy.formats.body import (
+    CONTENT_FIELDS,
+    FILE_ID_TEXT,
+    RequestBody,
+    content_objects,
+    is_system_role,
+    unusual_turns,
+)
 from proxy.formats.endpoints import CHAT, IMAGES, METERED, SPEECH, Endpoint, EndpointName
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS, Kind
-from proxy.formats.model_names import BAD_NAME, is_bad_name
+from proxy.formats.model_names import check_name_form
 from proxy.formats.strict_json import DEPTH_MAX, plain_name, walk
 
 # OpenAI's limit for `n` on /chat/completions; used for every number of answers.
@@ -36,11 +43,10 @@ _ONLY_OF_LLAMA_CPP = "n_predict"
 SHOWN_CHARACTERS = 40
 # Fields in which a gateway may find options of its own.
 _METADATA = frozenset(("metadata", "litellm_metadata"))
+# Fields whose objects are checked, beside the messages and items.
+_WITH_OBJECTS = CONTENT_FIELDS | _METADATA
 # Members of a turn or part that name a stored file.
 _FILE_IDS = ("fileid", "fileids")
-# How DashScope's `qwen-long` names stored files: in the text of a system message.
-_FILE_ID_TEXT = "fileid://"
-_SYSTEM_ROLES = ("system", "developer")
 # Files that a tool of Anthropic's has made. The history repeats their ids, and nothing is read from them.
 _MADE_FILES = ("bash_code_execution_output", "code_execution_output")
 # Members of an item that decide what it is. Another spelling of them is refused.
@@ -72,8 +78,9 @@ class Row:
     """One thing that is refused.
 
     `is_refused` gets the value of `field`, and is not asked if that is absent or null. Without a field it gets the
-    whole `Checked`. `param` names what to change; by default the field. `where` says which endpoints it applies to.
-    With `is_field_refused` the field is refused in every spelling.
+    whole `Checked`, and is not asked if the body has no objects to look at. `param` names what to change; by default
+    the field. `where` says which endpoints it applies to. With `is_field_refused` the field is refused in every
+    spelling.
     """
 
     field: str | None
@@ -85,13 +92,11 @@ class Row:
     is_field_refused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A request's body while it is checked. `model` is as the body or the path names it; it may be of any type."""
+class Checked(NamedTuple):
+    """A request's body while it is checked."""
 
     endpoint: Endpoint
     body: RequestBody
-    model: object
 
 
 # Which endpoints a row applies to.
@@ -157,13 +162,10 @@ def _has_refused_members(of: Endpoint) -> Callable[[object], bool]:
 
 def _redirects_reports(checked: Checked) -> bool:
     """Whether the metadata say where LiteLLM sends its reports of the call. Other metadata are the user's own."""
-    document = checked.body.document
-    if _METADATA.isdisjoint(document):
-        return False
     return any(
         is_used(value) and _REPORT_PREFIX.match(name) and _REPORT_TARGET.search(name)
         for field in _METADATA
-        for name, value in _members(document.get(field))
+        for name, value in _members(checked.body.document.get(field))
     )
 
 
@@ -199,18 +201,13 @@ def _repeats_made_file(part: dict[str, Any], checked: Checked) -> bool:
 
 def _has_files_in_text(checked: Checked) -> bool:
     """Whether the text of a system message names stored files, as DashScope reads it."""
-    found: list[object] = [
-        turn for turn in unusual_turns(checked.body, ["messages"]) if _is_system_role(turn.get("role"))
-    ]
-    plain = checked.body.turns.get("messages")
-    if plain is not None and any(map(_is_system_role, plain.roles)):
-        found += [text for role, text in pairwise(plain.reading) if type(text) is str and _is_system_role(role)]
-    return any(isinstance(text, str) and _FILE_ID_TEXT in text for turn in found for text in walk(turn))
-
-
-def _is_system_role(role: object) -> bool:
-    # The length comes first, because texts that may be long are asked about too.
-    return isinstance(role, str) and len(role) <= ROLE_MAX and role.casefold() in _SYSTEM_ROLES
+    messages = checked.body.turns.get("messages")
+    return (messages is not None and messages.names_files) or any(
+        isinstance(text, str) and FILE_ID_TEXT in text
+        for turn in unusual_turns(checked.body, ["messages"])
+        if is_system_role(turn.get("role"))
+        for text in walk(turn)
+    )
 
 
 def _has_other_spelling(checked: Checked) -> bool:
@@ -306,12 +303,6 @@ def _choice_count(name: str, where: Callable[[Endpoint], bool] = _GENERATES) -> 
 
 
 ROWS: tuple[Row, ...] = (
-    Row(
-        None,
-        attrgetter("body.is_too_deep"),
-        f"The body is nested more than {DEPTH_MAX} levels deep.",
-        code="invalid_json",
-    ),
     # Fields that change where a call goes. LiteLLM's fallbacks and OpenRouter's models and presets name other models
     # than the one that is allowed and counted. The servers in kv_transfer_params (vLLM) and bootstrap_… (SGLang) hold
     # the cache of another call. Adapters (lora…) are other models under the name of their base. LiteLLM takes the
@@ -466,7 +457,7 @@ ROWS: tuple[Row, ...] = (
     ),
     # Stored things inside of turns.
     Row(None, _has_stored_files, f'"file_id" can\'t be used here: {STORED}.', param="file_id"),
-    Row(None, _has_files_in_text, f'"{_FILE_ID_TEXT}" can\'t be used here: {STORED}.', param="messages"),
+    Row(None, _has_files_in_text, f'"{FILE_ID_TEXT}" can\'t be used here: {STORED}.', param="messages"),
     Row(
         None,
         _has_other_spelling,
@@ -505,20 +496,6 @@ ROWS: tuple[Row, ...] = (
         param="stream_options.include_usage",
         code="invalid_type",
         where=_HAS_USAGE_OPTION,
-    ),
-    Row(
-        None,
-        lambda checked: checked.model is None,
-        '"model" is missing: name the model to use.',
-        param="model",
-        code="missing_required_parameter",
-    ),
-    Row(
-        None,
-        lambda checked: is_bad_name(checked.model),
-        BAD_NAME,
-        param="model",
-        code=None,
     ),
     # Some servers read the text "true" as true, and others refuse it.
     Row("stream", _is_not(bool), '"stream" must be true or false.', code="invalid_type"),
@@ -580,13 +557,13 @@ CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None an
     "model stream_format messages input tools service_tier store web_search_options".split()
 )
 # Fields that most requests have. They are no spelling of a refused field, so they need no closer look.
-_USUAL_FIELDS = frozenset(
+USUAL_FIELDS = frozenset(
     "model messages input stream stream_options temperature top_p n user tools tool_choice metadata store stop seed "
     "parallel_tool_calls response_format reasoning reasoning_effort include text truncation system thinking".split()
 ).union(MAXIMUM_FIELDS)
 # What an error may name as its `param`, other than a field that its client made up.
 PARAMETERS = CHECKED_FIELDS.union(
-    _USUAL_FIELDS,
+    USUAL_FIELDS,
     (row.field for row in ROWS if row.field is not None),
     (row.param for row in ROWS if row.param is not None),
     "audio.voice file_id previous_response_id stream_options.include_usage".split(),
@@ -625,22 +602,32 @@ def _is_refused_member(endpoint: Endpoint, name: str, value: object) -> bool:
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:
     """Raise InvalidRequest for the first field that is refused, else for what is wrong in the whole body.
 
-    `model` is the model that the path, the body or the endpoint's default names.
+    Only what the body contains is looked at. `model` is the model that the path, the body or the endpoint's default
+    names.
     """
     rows_of_fields, document = _CHECKED_OF[endpoint.name], body.document
-    for name, value in document.items():
-        if name not in _USUAL_FIELDS and (row := _refusing_row(endpoint, name)) is not None and row.is_refused(value):
-            raise _refused(row)
-    # Only what the body contains is looked at, and the whole of it before its fields.
-    checked = Checked(endpoint, body, model)
-    for row in rows_of_fields[None]:
-        if row.is_refused(checked):
-            raise _refused(row)
+    if not USUAL_FIELDS.issuperset(document):
+        _check_unusual_fields(endpoint, document)
+    if body.is_too_deep:
+        raise InvalidRequest(f"The body is nested more than {DEPTH_MAX} levels deep.", code="invalid_json")
+    messages = body.turns.get("messages")
+    if body.unusual or not _WITH_OBJECTS.isdisjoint(document) or (messages is not None and messages.names_files):
+        checked = Checked(endpoint, body)
+        for row in rows_of_fields[None]:
+            if row.is_refused(checked):
+                raise _refused(row)
+    check_name_form(model)
     for name, value in document.items():
         if name in rows_of_fields and value is not None:
             for row in rows_of_fields[name]:
                 if row.is_refused(value):
                     raise _refused(row)
+
+
+def _check_unusual_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
+    for name, value in document.items():
+        if name not in USUAL_FIELDS and (row := _refusing_row(endpoint, name)) is not None and row.is_refused(value):
+            raise _refused(row)
 
 
 def _refused(row: Row) -> InvalidRequest:
@@ -673,9 +660,12 @@ def form_field_base(name: str) -> str:
 
 def negative_maxima(endpoint: Endpoint, document: Mapping[str, Any]) -> list[str]:
     """The fields of a checked request that bound its answer by a negative number. Few requests have one."""
-    if not endpoint.generates:
-        return []
-    return [name for name in MAXIMUM_FIELDS if type(number := document.get(name)) is int and number < 0]
+    found = []
+    if endpoint.generates:
+        for name in MAXIMUM_FIELDS:
+            if type(number := document.get(name)) is int and number < 0:
+                found.append(name)
+    return found
 
 
 def check_negative_maxima(names: Iterable[str], kind: Kind, *, model: str) -> None:

@@ -87,8 +87,8 @@ class Splitter:
         """Take the next bytes of the stream and return the events that they complete."""
         # The fast path. Nearly all chunks of nearly all upstreams are a few whole events with LF as line end.
         if self._is_plain and chunk[-2:] == b"\n\n" and b"\r" not in chunk and len(chunk) <= self._event_bytes_max:
-            if chunk.find(b"\n\n") == len(chunk) - 2 and chunk[0] != LF:
-                return [_parse_event(chunk)]
+            if chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2:
+                return [Event(chunk, None, chunk[6:-2])]
             if chunk[0] != LF and b"\n\n\n" not in chunk:
                 return [_parse_event(body + b"\n\n") for body in chunk[:-2].split(b"\n\n")]
         return self._scan(chunk)
@@ -156,6 +156,8 @@ def begins_with_event(body: bytes | bytearray) -> bool | None:
     b'{"choices"'        False
     b'\\nda'              None
     """
+    if body[:1] == b"{":  # of almost every whole answer
+        return False
     begin = BEFORE_FIRST_LINE.match(body)
     start = begin.end() if begin else 0
     while not FIRST_LINE.match(body, start):

@@ -15,7 +15,6 @@ Bytes are kept for two reasons:
 Pure: no sockets, no clock.
 """
 
-from collections import deque
 from dataclasses import replace
 
 from proxy.errors import UpstreamError
@@ -31,27 +30,22 @@ _END_BYTES_MAX = 16 * 2**20
 
 
 class Stream:
-    """One streamed answer. `meter` counts its events, and `mask` is applied to everything that is sent."""
+    """One streamed answer. `meter` counts its events, and `mask` is applied to everything that is sent.
+
+    `is_over` says whether the last event of the answer has arrived, and `is_waiting_for_hold` whether an event waits
+    until more tokens are held.
+    """
 
     def __init__(self, meter: Meter, *, mask: Mask) -> None:
+        self.is_over = self.is_waiting_for_hold = False
         self._meter = meter
         self._mask = mask
         self._piece_mask: PieceMask | None = None  # of an event that is too large and not at its end
         self._splitter = Splitter()
-        self._events: deque[Event] = deque()  # events that the meter has not seen yet
-        self._blocked: bytes | None = None  # the bytes for the client of an event that exceeds the hold
+        self._events: list[Event] = []  # one that exceeds the hold, and those behind it
+        self._blocked: bytes | None = None  # the bytes for the client of the first of them
         self._end = bytearray()
         self._newline = b"\n"
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the last event of the answer has arrived."""
-        return self._meter.is_over
-
-    @property
-    def is_waiting_for_hold(self) -> bool:
-        """Whether an event waits until more tokens are held."""
-        return self._blocked is not None
 
     @property
     def is_between_events(self) -> bool:
@@ -64,19 +58,33 @@ class Stream:
         `covered` is the total of output tokens that may have passed after this. It may grow between two calls;
         `feed(b"", covered=…)` then returns what waited. Raises UpstreamError if the end has more than 16 MiB.
         """
-        self._events.extend(self._splitter.feed(chunk))
-        ready = bytearray()
-        while self._is_covered(covered):
-            if self._blocked is not None:
-                self._forward(self._blocked, ready)
-                self._blocked = None
-            if not self._events:
+        meter, end = self._meter, self._end
+        ready: list[bytes] = []
+        events, shown = self._events + self._splitter.feed(chunk), self._blocked
+        seen = 0 if shown is None else 1
+        while shown is not None or seen < len(events):
+            # Each event is counted first and forwarded if the count is covered.
+            if shown is None:
+                shown = self._see(events[seen])
+                seen += 1
+            # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after
+            # one word needs no hold, it is charged by the settlement.
+            if not (meter.is_at_end or meter.output_at_most <= covered or meter.output_seen <= covered):
                 break
-            # Each event is counted first and forwarded in the next round, if the count is covered.
-            self._blocked = self._see(self._events.popleft())
-        if len(self._end) > _END_BYTES_MAX:
+            self._note_passed(events[seen - 1])
+            if meter.is_at_end:
+                end += shown
+            elif end:  # text after a usage chunk: that was not the end
+                ready += (bytes(end), shown)
+                end.clear()
+            else:
+                ready.append(shown)
+            shown = None
+        self._events, self._blocked = events[seen if shown is None else seen - 1 :], shown
+        self.is_over, self.is_waiting_for_hold = meter.is_over, shown is not None
+        if len(end) > _END_BYTES_MAX:
             raise UpstreamError("The upstream's answer never ends: more than 16 MiB followed its last text.")
-        return bytes(ready)
+        return b"".join(ready)
 
     def close(self, *, covered: int) -> None:
         """Handle the end of the upstream's body: an event that lacks its blank line is treated like any other.
@@ -86,12 +94,11 @@ class Stream:
         """
         left = self._splitter.end()
         if left:
-            event = replace(Splitter().feed(left + b"\n\n")[0], raw=left)
-            ready = bytearray()
+            meter, event = self._meter, replace(Splitter().feed(left + b"\n\n")[0], raw=left)
             shown = self._see(event, is_cut=True)
-            if self._meter.is_at_end or self._meter.output_seen <= covered:
-                self._forward(shown, ready)
-            self._end += ready
+            if meter.is_at_end or meter.output_seen <= covered:
+                self._note_passed(event)
+                self._end += shown
         self._end += self._mask.anywhere(self._meter.end())
 
     def end(self) -> bytes:
@@ -106,13 +113,11 @@ class Stream:
         end = self._meter.ending.at_limit(usage, shows_usage=self._meter.shows_usage, newline=self._newline)
         return self._mask.anywhere(end)  # it repeats the ids and names of the events as they came
 
-    def _is_covered(self, covered: int) -> bool:
-        # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after one
-        # word needs no hold, it is charged by the settlement.
+    def _note_passed(self, event: Event) -> None:
         meter = self._meter
-        if self._blocked is None or meter.is_at_end or meter.output_at_most <= covered:
-            return True
-        return meter.output_seen <= covered
+        if meter.chunk is not None and event.data is not None:
+            meter.ending.see(meter.chunk, event.data)
+            meter.chunk = None  # of all streams together these would be the most memory
 
     def _see(self, event: Event, *, is_cut: bool = False) -> bytes:
         if event.raw.endswith(b"\r\n"):
@@ -133,11 +138,3 @@ class Stream:
             return passing
         self._piece_mask = None
         return passing + mask.end()
-
-    def _forward(self, shown: bytes, ready: bytearray) -> None:
-        if self._meter.chunk is not None:
-            self._meter.ending.see(self._meter.chunk)
-        if self._end and not self._meter.is_at_end:  # text after a usage chunk: that was not the end
-            ready += self._end
-            self._end.clear()
-        (self._end if self._meter.is_at_end else ready).extend(shown)

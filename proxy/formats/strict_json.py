@@ -30,8 +30,7 @@ INTEGERS_MAX = float(2**63)
 VALUES_MAX = 100_000
 # Every value except the first has a comma before it, or the bracket of a container that is not empty.
 _SEPARATORS = (b",", b"{", b"[")
-# How many of them are searched one by one.
-_FEW = 100
+_PIECE_BYTES = 65_536
 # A member of an object has two strings, and a string two quotes.
 _QUOTES_MAX = 4 * VALUES_MAX
 _BYTES_OF_A_VALUE = 32
@@ -52,15 +51,20 @@ DIGITS_MAX = 40
 _KEYS_MAX = 1000
 
 
-def parse_object(body: bytes | bytearray, known: frozenset[str]) -> dict[str, Any]:
+def parse_object(
+    body: bytes | bytearray, known: frozenset[str], *, usual: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Parse the JSON object in a request's body. Raises InvalidRequest, whose message says what to correct.
 
     `known` are the fields that the proxy decides on. Another spelling of one of them (`MODEL`, `maxTokens`) is
-    refused even if the field itself is absent, because some server would read it. Depth is not checked.
+    refused even if the field itself is absent, because some server would read it. `usual` are those and others, none
+    of which is a spelling of another: a body that has only these gets no closer look. Depth is not checked.
 
     An integer beyond 64 bits becomes a float. If a float is so large, `parse_exactly` reads the body again.
     """
-    _refuse_too_many_values(body)
+    # A value and its separator take two bytes, so short bodies have fewer values.
+    if len(body) >= 2 * VALUES_MAX:
+        _refuse_too_many_values(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -68,7 +72,8 @@ def parse_object(body: bytes | bytearray, known: frozenset[str]) -> dict[str, An
         value = parse_exactly(body)
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _refuse_other_spellings(value, known)
+    if not usual.issuperset(value):
+        _refuse_other_spellings(value, known)
     return value
 
 
@@ -119,18 +124,18 @@ def reading_cost(body: bytes | bytearray) -> int:
 
 
 def separators_in(body: bytes | bytearray) -> int:
-    """How many commas and opening brackets JSON has, also inside of strings. It has at most one value more."""
-    return sum([_count(body, separator) for separator in _SEPARATORS])
+    """How many commas and opening brackets JSON has, also inside of strings. It has at most one value more.
 
-
-def _count(body: bytes | bytearray, separator: bytes) -> int:
-    """As `body.count(separator)`, which takes up to ten times as long where there are few."""
-    end = -1
-    for found in range(_FEW):
-        end = body.find(separator, end + 1)
-        if end < 0:
-            return found
-    return _FEW + body.count(separator, end + 1)
+    More than VALUES_MAX are not counted to the end.
+    """
+    found = 0
+    for start in range(0, len(body), _PIECE_BYTES):
+        piece = body[start : start + _PIECE_BYTES]
+        for separator in _SEPARATORS:  # to remove them takes a fifth of the time of `count` where there are few
+            found += len(piece) - len(piece.replace(separator, b""))
+        if found > VALUES_MAX:
+            break
+    return found
 
 
 def _refuse_too_many_values(body: bytes | bytearray) -> None:
@@ -139,9 +144,8 @@ def _refuse_too_many_values(body: bytes | bytearray) -> None:
     Counted are the separators outside of strings, without those of empty containers. If the body is not valid JSON,
     the count is right up to the first mistake, where the parser stops.
     """
-    # A value and its separator take two bytes, so short bodies need not be counted. Nearly all others have few
-    # separators even with those inside their texts.
-    if len(body) < 2 * VALUES_MAX or separators_in(body) < VALUES_MAX:
+    # Nearly all bodies have few separators even with those inside their texts.
+    if separators_in(body) < VALUES_MAX:
         return
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if unescaped.count(b'"') <= _QUOTES_MAX:

@@ -5,7 +5,7 @@ function reads them all, for every surface. It does not accept a usage that make
 and the caller counts the tokens itself. docs/threats.md ("What is charged for strange usage") lists the cases. Pure.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,11 +34,15 @@ _CACHED_BESIDE = (*_CACHE_HITS, _CACHE_READ)
 _CACHE_WRITES = ("cache_write_tokens", "cache_creation_tokens", _CACHE_WRITE)
 # Anthropic calls its reasoning thinking.
 _REASONING = ("reasoning_tokens", "thinking_tokens")
+# The members that have, or may be, a number of cached or of reasoning tokens.
+_DETAILED = frozenset((*_INPUT_DETAILS, *_OUTPUT_DETAILS, *_CACHED_BESIDE, *_REASONING))
+# The members of llama.cpp's timings.
+_TIMINGS = frozenset(("prompt_n", "cache_n", "predicted_n"))
 # The members that the proxy reads anyway, so that they can't be counted again as additional output.
 STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRITE, *_CACHE_HITS))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False)
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
@@ -56,28 +60,36 @@ class Stated:
     - `is_zero`: no part is more than 0.
     """
 
-    input: int | None = None
-    output: int | None = None
-    cached: int = 0
-    reasoning: int = 0
-    total: int | None = None
-    extra: int = 0
+    input: int | None
+    output: int | None
+    cached: int
+    reasoning: int
+    total: int | None
+    extra: int
     is_only_total: bool = field(init=False, repr=False, compare=False)
     known_input: int | None = field(init=False, repr=False, compare=False)
     output_without_extra: int | None = field(init=False, repr=False, compare=False)
     known_output: int | None = field(init=False, repr=False, compare=False)
     is_zero: bool = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Derive what a meter asks for again and again."""
-        output = self.output if self.output or self.total is None else max(0, self.total - (self.input or 0))
-        is_only_total = not self.input and not self.output and self.total is not None
-        put = object.__setattr__
-        put(self, "is_only_total", is_only_total)
-        put(self, "known_input", 0 if is_only_total else self.input)
-        put(self, "output_without_extra", output)
-        put(self, "known_output", None if output is None else output + self.extra)
-        put(self, "is_zero", not (self.input or output or self.total or self.extra))
+    def __init__(
+        self,
+        input: int | None = None,
+        output: int | None = None,
+        cached: int = 0,
+        reasoning: int = 0,
+        total: int | None = None,
+        extra: int = 0,
+    ) -> None:
+        self.input, self.output, self.cached, self.reasoning = input, output, cached, reasoning
+        self.total, self.extra = total, extra
+        if not output and total is not None:
+            output = max(0, total - (input or 0))
+        self.is_only_total = not input and not self.output and total is not None
+        self.known_input = 0 if self.is_only_total else input
+        self.output_without_extra = output
+        self.known_output = None if output is None else output + extra
+        self.is_zero = not (input or self.output or total or extra)
 
     def tokens(self) -> Tokens:
         """The tokens; 0 for a part that is unknown. Cached and reasoning tokens are never more than their whole."""
@@ -160,17 +172,20 @@ def read_usage(
     """
     if not isinstance(usage, dict):
         return None
-    stated = _parts_of(usage, has_separate_cache=has_separate_cache)
-    if stated is not None and stated.output is None:
-        # The total says what the output is, and it does not include the additional members.
-        stated = _with_surplus(stated, usage, output_bound)
-    if stated is not None and output_bound is not None:
-        if extra:
-            stated = replace(stated, extra=sum(_count(usage.get(name)) or 0 for name in extra))
-        stated = _with_surplus(stated, usage, output_bound)
-        stated = _with_reasoning(stated, usage, output_bound, extra)
+    counts = _counts_in(usage)
+    stated, total = _parts_of(usage, counts, has_separate_cache=has_separate_cache), counts.get(_TOTAL)
     if stated is None:
         return None
+    if stated.output is None:
+        # The total says what the output is, and it does not include the additional members.
+        stated = _with_surplus(stated, usage, counts, output_bound)
+    if output_bound is not None:
+        if extra:
+            stated = replace(stated, extra=sum(counts.get(name, 0) for name in extra))
+        if stated.output is None or total != (stated.input or 0) + stated.output + stated.extra:
+            stated = _with_surplus(stated, usage, counts, output_bound)
+        if stated.reasoning:
+            stated = _with_reasoning(stated, total, output_bound, extra)
     # The output is at least as much as the total leaves beside the input, and as the additional output.
     if max(stated.input or 0, stated.known_output or 0, stated.total or 0, stated.extra) > REPORTED_MAX:
         return None
@@ -187,19 +202,19 @@ def read_timings(timings: object) -> Stated | None:
     """
     if not isinstance(timings, dict):
         return None
-    match [_count(timings.get(name)) for name in ("prompt_n", "cache_n", "predicted_n")]:
-        case [int(evaluated), int(cached), int(output)]:
-            return Stated(evaluated + cached, output, cached=cached)
-    return None
+    counts = _counts_in(timings)
+    if not counts.keys() >= _TIMINGS:
+        return None
+    return Stated(counts["prompt_n"] + counts["cache_n"], counts["predicted_n"], cached=counts["cache_n"])
 
 
 def usages_beside(document: dict[str, Any]) -> list[object]:
     """The usages in members of a vendor's own, such as Groq's: `{"x_groq": {"id": …, "usage": {…}}}`."""
-    return [
-        value["usage"]
-        for name, value in document.items()
-        if isinstance(value, dict) and name.startswith("x_") and value.get("usage") is not None
-    ]
+    found = []
+    for name, value in document.items():
+        if name.startswith("x_") and isinstance(value, dict) and value.get("usage") is not None:
+            found.append(value["usage"])
+    return found
 
 
 def usages_in_choices(choices: object) -> list[tuple[int, object]]:
@@ -207,10 +222,8 @@ def usages_in_choices(choices: object) -> list[tuple[int, object]]:
 
     They are in the choice itself, or in its delta or message: `[{"index": 0, "delta": {}, "usage": {…}}]`.
     """
-    if not isinstance(choices, list):
-        return []
     found: list[tuple[int, object]] = []
-    for place, choice in enumerate(choices):
+    for place, choice in enumerate(choices if isinstance(choices, list) else ()):
         if isinstance(choice, dict):
             for part in (choice, choice.get("delta"), choice.get("message")):
                 if isinstance(part, dict) and "usage" in part:
@@ -235,39 +248,52 @@ def without_usages(choices: object) -> object:
     ]
 
 
-def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | None:
+def _counts_in(part: dict[str, Any]) -> dict[str, int]:
+    """The members of an object that are numbers of tokens."""
+    counts = {}
+    for name, value in part.items():
+        count = value if type(value) is int else None if type(value) is dict else _integer(value)
+        if count is not None and 0 <= count <= REPORTED_MAX:
+            counts[name] = count
+    return counts
+
+
+def _parts_of(usage: dict[str, Any], counts: dict[str, int], *, has_separate_cache: bool) -> Stated | None:
     """What the parts of a usage state, and its total where they state less; None if one of them makes no sense."""
     try:
-        input_tokens, output_tokens = _part(usage, _INPUT), _part(usage, _OUTPUT)
-        caches = [_part(usage, (name,)) for name in CACHE_PARTS] if has_separate_cache else []
+        input_tokens, output_tokens = _part(usage, counts, _INPUT), _part(usage, counts, _OUTPUT)
+        for name in CACHE_PARTS if has_separate_cache else ():
+            if (count := _part(usage, counts, (name,))) is not None:
+                input_tokens = (input_tokens or 0) + count
     except ValueError:
         return None
-    for count in caches:
-        input_tokens = input_tokens if count is None else (input_tokens or 0) + count
-    total, reasoning = _count(usage.get(_TOTAL)), _reasoning_in(usage)
+    cached = reasoning = 0
+    if not _DETAILED.isdisjoint(usage):
+        cached = _detail(usage, counts, _INPUT_DETAILS, _CACHED, _CACHED_BESIDE)
+        reasoning = _detail(usage, counts, _OUTPUT_DETAILS, _REASONING, _REASONING)
     if input_tokens is None and output_tokens is None:
-        return None if total is None else Stated(reasoning=reasoning, total=total)
-    return Stated(input_tokens, output_tokens, _cached_in(usage), reasoning)
+        return Stated(reasoning=reasoning, total=counts[_TOTAL]) if _TOTAL in counts else None
+    return Stated(input_tokens, output_tokens, cached, reasoning)
 
 
-def _with_reasoning(stated: Stated, usage: dict[str, Any], output_bound: int, extra: Sequence[str]) -> Stated:
+def _with_reasoning(stated: Stated, total: int | None, output_bound: int, extra: Sequence[str]) -> Stated:
     """The same with the reasoning tokens in the output, if they can't be a part of it and no total says they are.
 
     A total that contradicts its parts says nothing. If one of their names is in `extra`, they are added there.
     """
     if stated.output is None or stated.output >= stated.reasoning or any(name in extra for name in _REASONING):
         return stated
-    surplus = (_count(usage.get(_TOTAL)) or 0) - (stated.input or 0) - stated.output
+    surplus = (total or 0) - (stated.input or 0) - stated.output
     output = stated.output + stated.reasoning
     return stated if surplus in (0, stated.extra) or output > output_bound else replace(stated, output=output)
 
 
-def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | None) -> Stated:
+def _with_surplus(stated: Stated, usage: dict[str, Any], counts: dict[str, int], output_bound: int | None) -> Stated:
     """The same with the tokens by which the total is larger than input and output, if it is known what they are.
 
     An output that is missing is 0 before, and stays missing if the surplus is unknown.
     """
-    total, stated_output = _count(usage.get(_TOTAL)), stated.output or 0
+    total, stated_output = counts.get(_TOTAL), stated.output or 0
     if stated.input is None or total is None:
         return stated
     surplus = total - stated.input - stated_output - stated.extra
@@ -275,7 +301,9 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | Non
         return stated if stated.output is not None else replace(stated, output=0)
     if surplus < 0 or output_bound is None:
         return stated
-    caches = _caches_in(usage)
+    # The numbers of cached tokens that a surplus may be: those read, those written, and both.
+    written = _detail(usage, counts, _INPUT_DETAILS, _CACHE_WRITES, (_CACHE_WRITE,))
+    caches = {stated.cached, written, stated.cached + written} - {0}
     if surplus == stated.reasoning:
         cached, output = 0, surplus
     elif surplus in caches:
@@ -291,43 +319,33 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | Non
     return replace(stated, input=stated.input + cached, output=stated_output + output)
 
 
-def _cached_in(usage: dict[str, Any]) -> int:
-    return max(_detail(usage, _INPUT_DETAILS, _CACHED), _largest_of(usage, _CACHED_BESIDE) or 0)
-
-
-def _reasoning_in(usage: dict[str, Any]) -> int:
-    return max(_detail(usage, _OUTPUT_DETAILS, _REASONING), _largest_of(usage, _REASONING) or 0)
-
-
-def _caches_in(usage: dict[str, Any]) -> Collection[int]:
-    """The numbers of cached tokens that a surplus may be: those read, those written, and both."""
-    read = _cached_in(usage)
-    written = max(_detail(usage, _INPUT_DETAILS, _CACHE_WRITES), _count(usage.get(_CACHE_WRITE)) or 0)
-    return {read, written, read + written} - {0}
-
-
-def _detail(usage: dict[str, Any], sections: Sequence[str], names: Sequence[str]) -> int:
-    largest = 0
-    for name in sections:
-        if name in usage and isinstance(section := usage[name], dict):
-            largest = max(largest, _largest_of(section, names) or 0)
-    return largest
-
-
-def _largest_of(usage: dict[str, Any], names: Sequence[str]) -> int | None:
-    largest = None
-    for name in names:
-        if name in usage and (count := _count(usage[name])) is not None and (largest is None or count > largest):
-            largest = count
-    return largest
-
-
-def _part(usage: dict[str, Any], names: Sequence[str]) -> int | None:
+def _part(usage: dict[str, Any], counts: dict[str, int], names: Sequence[str]) -> int | None:
     """The largest of these members, None if they are missing or null. Raises ValueError if none makes sense."""
-    count = _largest_of(usage, names)
-    if count is None and any(usage.get(name) is not None for name in names):
+    largest, is_stated = None, False
+    for name in names:
+        if name in counts:
+            largest = counts[name] if largest is None else max(largest, counts[name])
+        else:
+            is_stated = is_stated or usage.get(name) is not None
+    if is_stated and largest is None:
         raise ValueError
-    return count
+    return largest
+
+
+def _detail(
+    usage: dict[str, Any],
+    counts: dict[str, int],
+    sections: Sequence[str],
+    names: Sequence[str],
+    names_beside: Sequence[str],
+) -> int:
+    """The largest of some members of the details, and of others beside them; 0 if there is none."""
+    found = [counts[name] for name in names_beside if name in counts]
+    for section in sections:
+        if isinstance(details := usage.get(section), dict):
+            of_details = _counts_in(details)
+            found += [of_details[name] for name in names if name in of_details]
+    return max(found, default=0)
 
 
 def _largest(first: int | None, second: int | None) -> int | None:
@@ -340,13 +358,8 @@ def _sum(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else first + second
 
 
-def _count(value: object) -> int | None:
-    if type(value) is int:
-        return value if 0 <= value <= REPORTED_MAX else None
-    if isinstance(value, bool):  # a bool is an int in Python
-        return None
+def _integer(value: object) -> int | None:
+    """The number in a text or a float, which some servers write; None if it is none, or is not whole."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and 0 <= value <= REPORTED_MAX else None
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None

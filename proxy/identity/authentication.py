@@ -5,13 +5,14 @@ about the key. All keys that are not valid get the same answer, so a client that
 was right once, or is right elsewhere. The log says which of these it was.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from proxy.config.loader import Config, HeaderSource
 from proxy.config.values import digest, is_email
 from proxy.errors import InvalidKey, InvalidRequest
-from proxy.identity.client_address import IpAddress, parse_address
+from proxy.identity.client_address import parse_address
 from proxy.identity.directory import FILE, Directory, FileDirectory, OwnedKey, User, UserId
 from proxy.identity.header_sources import SentUser, is_from, refused, sent_user
 from proxy.identity.keys import PREFIX, id_of, presented_key
@@ -26,8 +27,7 @@ from proxy.policy.quota import BoundQuotas
 Headers = Collection[tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who sent a request: the user, the user's groups, and the key that the request carries.
 
     `user` is the subject under which counters and records know the user, and `source` says who identified it.
@@ -58,16 +58,11 @@ class Authentication:
         sources: "HeaderSources | None" = None,
     ) -> None:
         self._file = file
-        self._directory = directory
+        self.directory = directory
         # Nobody is put into the reserved groups, also by the database: they apply to all.
         self._group_names = tuple(name for name in group_names if name not in (EVERYONE, DEFAULT))
         self._now = now
         self._sources = sources or HeaderSources()
-
-    @property
-    def changes(self) -> int:
-        """How often the directory has noticed a change so far."""
-        return self._directory.changes
 
     async def identify(self, headers: Headers, peer: str | None, address: str | None) -> Caller:
         """The user whose key is in these headers, or whom a header source names.
@@ -77,21 +72,22 @@ class Authentication:
         """
         text = presented_key(headers)
         hashed = digest(text)
-        source = self._sources.with_key(hashed, headers, parse_address(peer))
+        source = self._sources.with_key(hashed, headers, peer)
         if source is not None:
             return await self._identify_at(source, headers)
-        owned = await self._find_key(text, hashed)
-        reason = owned.key.why_invalid(self._now(), parse_address(address))
+        of_file = self._file.key(hashed)
+        key, owner = of_file or await self._key_of_database(text, hashed)
+        reason = key.why_invalid(self._now(), parse_address(address) if key.networks else None)
         if reason is not None:
             raise _invalid_key(reason)
-        user = await self._find_user(owned.owner)
+        user = self._file.user(owner.id) if owner.source == FILE else await self.directory.user(owner)
         if user is None or user.is_disabled:
             raise _invalid_key("no such user" if user is None else "user disabled")
-        caller = self._caller(user, owned.key, headers)
-        if owned.key.groups is not None and not set(owned.key.groups) & set(caller.groups):
+        caller = self._caller(user, key, headers)
+        if key.groups is not None and not set(key.groups) & set(caller.groups):
             raise _invalid_key("its user is in none of its groups")
-        if owned.owner.source != FILE or self._file.key(hashed) is None:
-            self._directory.note_used(owned.key, address)
+        if of_file is None:
+            self.directory.note_used(key, address)
         return caller
 
     async def _identify_at(self, source: HeaderSource, headers: Headers) -> Caller:
@@ -123,12 +119,12 @@ class Authentication:
     async def _user_of(self, source: HeaderSource, identity: UserId, sent: SentUser) -> User:
         """The user of the database: of the source itself, or the one to whom an administrator linked it."""
         if sent.groups or source.unmapped:
-            user = await self._directory.seen_user(identity, sent.email, users_max=source.users_max)
+            user = await self.directory.seen_user(identity, sent.email, users_max=source.users_max)
             if user is None:
                 raise refused("the source has users_max users")
         else:
             # Only who may call is added. An administrator can have given groups to the user, or have linked it.
-            user = await self._directory.user(identity)
+            user = await self.directory.user(identity)
             if user is None or (user.identity == identity and not user.groups):
                 raise refused("no group of the user is in map")
         if user.identity.source != FILE:
@@ -139,22 +135,20 @@ class Authentication:
         return of_file
 
     def _caller(self, user: User, key: Key, headers: Headers) -> Caller:
-        groups = tuple(name for name in self._group_names if name in user.groups)
-        return Caller(user.identity.subject, groups, key, user.identity.source, tag=_tag(key, headers))
+        groups = tuple([name for name in self._group_names if name in user.groups])
+        tag = _sent_tag(key, headers) if key.takes_tag_header else key.tag
+        return Caller(user.identity.subject, groups, key, user.identity.source, tag)
 
-    async def _find_key(self, text: str, hashed: str) -> OwnedKey:
-        found = self._file.key(hashed)
-        if found is None and text.startswith(PREFIX):
+    async def _key_of_database(self, text: str, hashed: str) -> OwnedKey:
+        found = None
+        if text.startswith(PREFIX):
             # The checksum first: a key with a typing error costs no query.
             if id_of(text) is None:
                 raise _invalid_key("malformed")
-            found = await self._directory.key(hashed)
+            found = await self.directory.key(hashed)
         if found is None:
             raise _invalid_key("unknown")
         return found
-
-    async def _find_user(self, identity: UserId) -> User | None:
-        return self._file.user(identity.id) if identity.source == FILE else await self._directory.user(identity)
 
 
 class HeaderSources:
@@ -167,13 +161,13 @@ class HeaderSources:
         self._header_names = frozenset(name for each in self._by_digest.values() for name in each.header_names)
         self._on_ignored = on_ignored
 
-    def with_key(self, digest: str, headers: Headers, peer: IpAddress | None) -> HeaderSource | None:
+    def with_key(self, digest: str, headers: Headers, peer: str | None) -> HeaderSource | None:
         """The source with the key of this digest, which sent this request; None if it is the key of somebody else.
 
         Raises InvalidKey if the request has the key of a source and does not come from its networks.
         """
         found = self._by_digest.get(digest)
-        if found is not None and is_from(found, peer):
+        if found is not None and is_from(found, parse_address(peer)):
             return found
         if self._header_names and any(name.lower() in self._header_names for name, _ in headers):
             self._on_ignored("other_key" if found is None else "other_address")
@@ -183,10 +177,8 @@ class HeaderSources:
         return None
 
 
-def _tag(key: Key, headers: Headers) -> str:
-    """The tag of a call: that of the key, or the one in `X-Quota-Tag` if the key lets requests send one."""
-    if not key.takes_tag_header:
-        return key.tag
+def _sent_tag(key: Key, headers: Headers) -> str:
+    """The tag in `X-Quota-Tag`, or that of the key if the request has none."""
     sent = [value.strip(" \t") for name, value in headers if name.lower() == "x-quota-tag"]
     if not any(sent):
         return key.tag
@@ -220,6 +212,8 @@ class Snapshot:
     admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)
     file: FileDirectory = field(default_factory=lambda: FileDirectory(()), repr=False)
     source_names: tuple[str, ...] = ()
+    # What `calls` has found out for calls by this version. It goes with the version, so it is never stale.
+    terms: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from proxy.policy.key import Network, is_in
@@ -62,6 +63,7 @@ def _without_port(text: str) -> str:
     return text if match is None else match[1] or match[2]
 
 
+@lru_cache(maxsize=1024)  # all requests of a connection have the same peer
 def _shown(text: str | None) -> str:
     """The address as it is logged: IPv4 as IPv4, also if a listener on [::] sees it as ::ffff:192.0.2.7."""
     address = parse_address(text)

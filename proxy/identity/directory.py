@@ -71,8 +71,7 @@ class User:
     is_disabled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OwnedKey:
+class OwnedKey(NamedTuple):
     """A key, and whose it is."""
 
     key: Key

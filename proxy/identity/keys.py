@@ -89,8 +89,20 @@ def presented_key(headers: Iterable[tuple[str, str]]) -> str:
     The key can be in `Authorization: Bearer`, `api-key` or `x-api-key`, also in several of them if it is the same
     key.
     """
-    sent = [(name.lower(), value.strip(_WHITESPACE)) for name, value in headers if name.lower() in KEY_HEADERS]
-    keys = {key for name, value in sent if (key := _key_in(name, value))}
+    keys, authorizations = set(), set()
+    for name, value in headers:
+        name = name.lower()
+        if name not in KEY_HEADERS:
+            continue
+        key = value = value.strip(_WHITESPACE)
+        if len(value) > _KEY_CHARACTERS_MAX:
+            raise InvalidKey(f"An API key has at most {_KEY_CHARACTERS_MAX} characters.", reason="key too long")
+        if name == "authorization":
+            authorizations.add(value)
+            scheme, _, rest = value.partition(" ")
+            key = rest.strip(_WHITESPACE) if scheme.lower() == "bearer" else ""
+        if key:
+            keys.add(key)
     if not keys:
         raise InvalidKey(
             "You didn't send an API key. Send it as `Authorization: Bearer YOUR_KEY` (or `api-key`, `x-api-key`).",
@@ -98,15 +110,6 @@ def presented_key(headers: Iterable[tuple[str, str]]) -> str:
         )
     # Two different Authorization headers are refused even if only one has a key: a server in front of the proxy may
     # have authenticated the other one.
-    if len(keys) > 1 or len({value for name, value in sent if name == "authorization"}) > 1:
+    if len(keys) > 1 or len(authorizations) > 1:
         raise InvalidKey("This request carries two different API keys. Send one.", reason="two keys")
     return keys.pop()
-
-
-def _key_in(name: str, value: str) -> str:
-    if len(value) > _KEY_CHARACTERS_MAX:
-        raise InvalidKey(f"An API key has at most {_KEY_CHARACTERS_MAX} characters.", reason="key too long")
-    if name != "authorization":
-        return value
-    scheme, _, key = value.partition(" ")
-    return key.strip(_WHITESPACE) if scheme.lower() == "bearer" else ""

@@ -47,10 +47,11 @@ class QuotaStatus:
     """One quota, and its counter for one user at one instant.
 
     `grants` are those that run at this instant. The limits of `quota` are raised by them already. `uses` has what is
-    used and what remains of each limit that depends on the window.
+    used and what remains of each limit that depends on the window. `tightest` is the one of these of which the
+    smallest part remains; None if no limit depends on the window.
     """
 
-    __slots__ = ("counter", "grants", "quota", "uses")
+    __slots__ = ("counter", "grants", "quota", "tightest", "uses")
 
     def __init__(self, quota: Quota, counter: Counter, grants: tuple[Grant, ...] = ()) -> None:
         self.quota = quota
@@ -58,11 +59,16 @@ class QuotaStatus:
         self.grants = grants
         # With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
         used, held = totals_of(counter.used), totals_of(NO_AMOUNT if quota.enforce == "after" else counter.held)
+        tightest: Use | None = None
         self.uses: list[Use] = []
         for limit in quota.window_limits:
-            so_far, maximum = used[limit.measure.position], limit.maximum
-            left = max(0, maximum - so_far - held[limit.measure.position])
-            self.uses.append(Use(limit, so_far, left, left * 1_000_000 // (maximum or 1)))
+            position, maximum = limit.measure.position, limit.maximum
+            left = max(0, maximum - used[position] - held[position])
+            use = Use(limit, used[position], left, left * 1_000_000 // (maximum or 1))
+            self.uses.append(use)
+            if tightest is None or (use.share, left) < (tightest.share, tightest.remaining):
+                tightest = use
+        self.tightest = tightest
 
     def remaining(self, limit: Limit) -> int:
         """What is neither used nor held of a limit; never below 0. See `uses` about holds."""
@@ -95,14 +101,6 @@ class QuotaStatus:
         Its end would be later at each request.
         """
         return self.counter.window if self.quota.per.kind == "calendar" or self.counter.is_open else None
-
-    def tightest(self) -> Use | None:
-        """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
-        tightest = None
-        for use in self.uses:
-            if tightest is None or (use.share, use.remaining) < (tightest.share, tightest.remaining):
-                tightest = use
-        return tightest
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""

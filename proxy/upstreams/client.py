@@ -71,20 +71,20 @@ class Answer:
         self.mask = mask
         self.fetched_key = fetched_key
         self.status = exchange.status
-        self.retry_after = headers.get("retry-after")
-        self.request_id = headers.get("x-request-id") or headers.get("request-id")
         content_type, _, _ = headers.get("content-type", "").partition(";")
         self.is_event_stream = content_type.strip().lower() == "text/event-stream"
-        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
-        codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-        encoding = _encoding_of(codings) if codings else ""
-        self.is_compressed = encoding != ""
-        self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
         self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
         self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
-        if self.is_compressed and self.is_readable:
-            decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
-            self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
+        self.is_compressed, self.is_readable = False, True
+        # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
+        if "content-encoding" in headers or "transfer-encoding" in headers:
+            codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
+            encoding = _encoding_of(codings)
+            self.is_compressed = encoding != ""
+            self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
+            if self.is_compressed and self.is_readable:
+                decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+                self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
         self._exchange = exchange
@@ -98,6 +98,16 @@ class Answer:
     def close(self) -> None:
         """Close the connection, or keep it for another call if the whole body was read."""
         self._exchange.end()
+
+    @property
+    def retry_after(self) -> str | None:
+        """The value of its `Retry-After`."""
+        return self.headers.get("retry-after")
+
+    @property
+    def request_id(self) -> str | None:
+        """The upstream's id of the request: OpenAI's name is x-request-id, Anthropic's request-id."""
+        return self.headers.get("x-request-id") or self.headers.get("request-id")
 
     @property
     def status_reason(self) -> str:
@@ -134,6 +144,7 @@ class Answer:
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
+        await self.wait_for_body()
         beginning = bytearray().join(self._beginning)
         while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
             chunk = await self._next()
@@ -163,16 +174,17 @@ class Answer:
             self._next = partial(_raise, error)
         return None
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, decompressed.
+    def next_chunk(self) -> Awaitable[bytes]:
+        """Wait for the next bytes of the body, decompressed. None are left if it gives none.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
         begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
-        beginning, self._beginning = self._beginning, []
-        for chunk in beginning:
-            yield chunk
-        while chunk := await self._next():
+        return _given(self._beginning.pop(0)) if self._beginning else self._next()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
+        while chunk := await self.next_chunk():
             yield chunk
 
     async def read(self) -> bytes:
@@ -308,6 +320,10 @@ class Upstreams:
 
 def _encoding_of(codings: list[str]) -> str:
     return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
+
+
+async def _given(chunk: bytes) -> bytes:
+    return chunk
 
 
 async def _raise(error: UpstreamError) -> bytes:

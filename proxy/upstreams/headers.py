@@ -10,7 +10,7 @@ an answer it would name the operator's account to every user.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from multidict import CIMultiDict, MultiMapping
 
@@ -26,6 +26,9 @@ NO_HEADERS: Headers = CIMultiDict()
 SERVER_NAME = "llm-quota-proxy"
 # The headers of every JSON answer that the proxy itself writes.
 JSON_HEADERS = {"content-type": "application/json", "cache-control": "no-store"}
+
+# What no line of a head may have. A line break would begin another line.
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 _TO_UPSTREAM = (
     "accept",
@@ -188,3 +191,15 @@ def _passed(headers: Headers, names: Iterable[str]) -> dict[str, str]:
 def _list_items(headers: Headers, name: str) -> list[str]:
     """The comma-separated items of all headers with this name (RFC 9110 §5.6.1)."""
     return [item.strip() for value in headers.getall(name, []) for item in value.split(",")]
+
+
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out.
+
+    Raises ValueError if one of them has a control character.
+    """
+    lines = list(map(": ".join, headers.items()))
+    if CONTROL.search("".join(lines)):
+        raise ValueError("a header has a control character")
+    lines.append("")
+    return "\r\n".join(lines).encode("utf-8", "ignore")

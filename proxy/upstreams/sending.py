@@ -12,9 +12,8 @@ relied on.
 
 import asyncio
 import os
-import re
 import ssl
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from math import inf
 
@@ -31,7 +30,7 @@ from proxy.formats.kinds import kind_of
 from proxy.policy.catalog import FETCHED_KEYS, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.failures import mask_of
-from proxy.upstreams.headers import SERVER_NAME
+from proxy.upstreams.headers import CONTROL, SERVER_NAME, header_lines
 from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
 from proxy.upstreams.spool import Spliced
 
@@ -42,8 +41,6 @@ _ONE_WRITE_BYTES_MAX = 2**20
 _PIECE_BYTES = 2**18
 # Sent with a call that has no such header. A client's own name passes; the library would name itself and Python.
 _DEFAULT_HEADERS = {"accept": "*/*", "user-agent": SERVER_NAME}
-# What no line of a head may have. A line break would begin another line.
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class Route:
@@ -89,7 +86,7 @@ class Route:
             **{name: value.reveal() for name, value in transport.headers},
         }
         self._fixed = fixed.keys()
-        self._fixed_lines = _lines(fixed)
+        self._fixed_lines = header_lines(fixed)
         self.mask = mask_of(upstream)
         self._origin = f"http://{host}" if self.is_read_by_proxy else ""
         self._base_path = base.raw_path_qs if base.raw_path_qs != "/" else ""
@@ -100,25 +97,19 @@ class Route:
         Raises ValueError if one of them, or the path, has a control character.
         """
         target = self._origin + (self._base_path + path or "/")
-        if _CONTROL.search(target):
+        if CONTROL.search(target):
             raise ValueError("the address has a control character")
-        own = _lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
+        own = {**_DEFAULT_HEADERS, **headers}
+        for name in self._fixed & own.keys():
+            del own[name]
         # With a length, because some servers read no forms from chunked bodies.
         length = b"Content-Length: %d\r\n\r\n" % body_bytes
-        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, own, length))
+        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, header_lines(own), length))
 
     def unreachable(self, reason: str) -> UpstreamError:
         """The error for a call that got no connection."""
         text = f'The upstream "{self.upstream.name}" can\'t be reached.'
         return UpstreamError(text, was_sent=False, headers={"retry-after": "2"}, reason=reason)
-
-
-def _lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
-    """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out."""
-    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
-    if _CONTROL.search("".join(lines)):
-        raise ValueError("a header has a control character")
-    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")
 
 
 class Connector(aiohttp.TCPConnector):
@@ -160,6 +151,11 @@ class _Protocol(ResponseHandler):
 
     body: aiohttp.StreamReader | None = None  # of the answer that is being read
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # The library resumes after each read, also what was not paused, and runs its parser for that.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
         if self.body is not None and not self.body.is_eof() and self.body.exception() is None:
@@ -178,6 +174,7 @@ class Exchange:
         self.is_kept = False  # the connection was used before
         self.was_sent = False  # the upstream may have received the call
         self._has_body = has_body  # whether the answer to this method has one
+        self._is_complete = False  # the whole body was read
         self._route = route
         self._connection: Connection | None = None  # None before and after
         self._content: aiohttp.StreamReader | None = None  # None until the head has come
@@ -216,17 +213,21 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
+        if self._is_complete:
+            return b""
         content = self._content
         assert content is not None, "begin() first"
         try:
             self._until = self.first_byte_until or self._loop.time() + self._route.idle_s
             chunk = await content.readany()
             self._until = inf
-            if not chunk and self._connection is not None:
+            if not chunk or (content.at_eof() and not self._is_until_closed):
                 # A body without a length or chunks ends with its connection, but not if that was reset.
-                lost = self._protocol.exception()
-                if self._is_until_closed and not isinstance(lost, aiohttp.ServerDisconnectedError | None):
-                    raise aiohttp.ClientPayloadError("the connection was reset")
+                if self._is_until_closed and self._connection is not None:
+                    lost = self._protocol.exception()
+                    if not isinstance(lost, aiohttp.ServerDisconnectedError | None):
+                        raise aiohttp.ClientPayloadError("the connection was reset")
+                self._is_complete = True
                 self.end()
         except TimeoutError:
             raise self._late("The upstream stopped sending in the middle of its answer.") from None

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import hdrs, web
 
+from proxy.calls.body_threads import SMALL_BYTES_MAX
 from proxy.config.loader import ConnectionLimits
 from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncoding
 from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
@@ -49,11 +50,12 @@ async def read_body(
     """
     if request.headers.get(hdrs.CONTENT_TYPE, "").strip().lower().startswith("multipart/"):
         raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
-    decoder = _decoder_for(request)
+    decoder = _decoder_for(request) if hdrs.CONTENT_ENCODING in request.headers else None
     length = request.content_length or 0
     if length > bytes_max:
         raise _too_large(bytes_max)
-    await share.hold(length)
+    if length > SMALL_BYTES_MAX:
+        await share.hold(length)
     if length and decoder is None and request.content.is_eof():  # it has come with its head
         return request.content.read_nowait()
     try:

@@ -94,19 +94,19 @@ class BodyMemory:
 
 
 class BodyShare:
-    """The memory of one body. `check_large` is called once before a body that is not small is read.
+    """The memory of one body, of which it has `size` bytes. `check_large` is called once before a large body is read.
 
     `free` must be called on every path, and may be called more than once.
     """
 
-    __slots__ = ("_check_large", "_is_checked", "_memory", "_size", "_user")
+    __slots__ = ("_check_large", "_is_checked", "_memory", "_user", "size")
 
     def __init__(self, memory: BodyMemory, user: str, check_large: Callable[[], Awaitable[None]]) -> None:
         self._memory = memory
         self._user = user
         self._check_large = check_large
         self._is_checked = False
-        self._size = 0
+        self.size = 0
 
     async def check(self, size: int) -> None:
         """Check whether a body of `size` bytes may be read. Raises what `check_large` raises."""
@@ -116,19 +116,19 @@ class BodyShare:
 
     async def hold(self, size: int) -> None:
         """Hold at least `size` bytes in all. Raises BodyMemoryFull, and what `check_large` raises."""
-        if size <= SMALL_BYTES_MAX or size <= self._size:
+        if size <= SMALL_BYTES_MAX or size <= self.size:
             return
         await self.check(size)
-        if self._size:
+        if self.size:
             # A body whose length is not known grows in steps of a quarter, as its buffer does.
             size = min(size + size // 4, max(size, REQUEST_BYTES_MAX))
-            self._memory.grow(self._user, size - self._size)
+            self._memory.grow(self._user, size - self.size)
         else:
             await self._memory.hold(self._user, size)
-        self._size = size
+        self.size = size
 
     def free(self) -> None:
         """Give the memory back."""
-        size, self._size = self._size, 0
+        size, self.size = self.size, 0
         if size:
             self._memory.free(self._user, size)

@@ -56,12 +56,18 @@ class Cors:
 
         It is a signal handler of `on_response_prepare`: a streamed response is sent before the handler returns it.
         """
-        if self._origins and "*" not in self._origins:
-            # The headers depend on the origin, so a cache must not give this response to a page of another origin.
-            response.headers[hdrs.VARY] = hdrs.ORIGIN
+        response.headers.update(self.headers_for(request))
+
+    def headers_for(self, request: web.Request) -> dict[str, str]:
+        """The CORS headers of any response to this request."""
+        if not self._origins:
+            return {}
+        # The headers depend on the origin, so a cache must not give this response to a page of another origin.
+        headers: dict[str, str] = {} if "*" in self._origins else {hdrs.VARY: hdrs.ORIGIN}
         if (allowed := self._allowed(request)) is not None:
-            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
+            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
+            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
+        return headers
 
     def _allowed(self, request: web.Request) -> str | None:
         """The value of Access-Control-Allow-Origin; None if the origin is not allowed or the request has none."""

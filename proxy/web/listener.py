@@ -203,7 +203,8 @@ class _Places:
 
     def note_idle(self, connection: "Connection") -> None:
         """The connection has become idle now."""
-        self.note_with_key(connection)
+        self._without_key.pop(connection, None)
+        self._idle.pop(connection, None)  # it becomes the last one
         self._idle[connection] = asyncio.get_running_loop().time()
 
     def note_without_key(self, connection: "Connection") -> None:
@@ -347,6 +348,8 @@ class Connection(web.RequestHandler):
 
     def note_valid_key(self) -> None:
         """The request that is being handled has a valid key."""
+        if self.has_key:  # then this was noted when the request came
+            return
         self.has_key = True
         for places in self._places:
             places.note_with_key(self)
@@ -386,11 +389,11 @@ class Connection(web.RequestHandler):
             return
         requests = self._request_count
         super().data_received(data)
-        is_handling = self._messages or (self._waiter is None and self._request_count)
         if self._request_count != requests:
             self._note_busy()
-        if self._request_count != requests or is_handling:
-            self._end_head()
+        if self._request_count != requests or self._messages or (self._waiter is None and self._request_count):
+            if self._head_deadline is not None:
+                self._end_head()
             return
         self._head_bytes += len(data)
         if self._head_bytes > _HEAD_BYTES_MAX:
@@ -482,7 +485,8 @@ class Connection(web.RequestHandler):
         A whole answer is sent by the library, which waits for the client without a limit, also when it closes the
         connection. A client that never reads would keep its place forever.
         """
-        self._stop_watching()
+        if self._reading_deadline is not None:
+            self._stop_watching()
         if self._transport is not None and (unread := self._transport.get_write_buffer_size()):
             self._unread_bytes = unread
             self._reading_deadline = self._loop.call_later(self._limits.unread_s, self._on_reading_deadline)

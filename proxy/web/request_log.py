@@ -7,10 +7,10 @@ from one address, and 100 a second in all. The others are counted in a metric, a
 how many there were.
 """
 
+import os
 import re
-import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -34,8 +34,6 @@ _ADDRESSES_MAX = 1024
 
 # What the metrics have instead of a path that is not served. A client without a key could make up any number of them.
 _OTHER_PATHS = "other"
-
-log = structlog.get_logger("requests")
 
 
 @dataclass(slots=True)
@@ -72,12 +70,14 @@ class RequestLog:
         self._metrics = metrics
         self._clock = clock
         self._now = now
+        self._random = _random_texts()
+        self._log = structlog.get_logger("requests").bind()  # once, because it takes longer than to write a line
         self._addresses: OrderedDict[str, _Budget] = OrderedDict()
         self._all = _Budget(0.0)
 
     def begin(self, endpoint: str, *, address: str, headers: Headers = NO_HEADERS) -> LogLine:
         """The line of a request that begins now, with a new id. `headers` find names in any case."""
-        id = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
+        id = call_id_prefix(self._now()) + next(self._random)
         line = LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
         if "x-request-id" in headers or "traceparent" in headers:
             _note_ids_of_client(line, headers)
@@ -96,11 +96,11 @@ class RequestLog:
         if setting == "none" or (setting == "refusals" and line.error is None):
             return
         if line.is_identified:
-            log.info("request", **line.fields(status))
+            self._log.info("request", **line.fields(status))
             return
         skipped = self._skipped_before(line)
         if skipped is not None:
-            log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
+            self._log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
 
     def _measure(self, line: LogLine, status: int) -> None:
         metrics = self._metrics
@@ -108,11 +108,11 @@ class RequestLog:
         if not line.is_call:
             return
         ended_s = self._clock()
-        metrics.own_s.labels(line.endpoint).observe(line.own_s(ended_s))
+        metrics.own_s.observe(line.own_s(ended_s), line.endpoint)
         # An error that comes at once would make an upstream that fails look fast.
         if line.upstream is not None and line.first_byte_s is not None and status < 400:
-            metrics.first_byte_s.labels(line.endpoint, line.upstream).observe(line.first_byte_s - line.began_s)
-            metrics.duration_s.labels(line.endpoint, line.upstream).observe(ended_s - line.began_s)
+            metrics.first_byte_s.observe(line.first_byte_s - line.began_s, line.endpoint, line.upstream)
+            metrics.duration_s.observe(ended_s - line.began_s, line.endpoint, line.upstream)
 
     def _skipped_before(self, line: LogLine) -> int | None:
         """How many requests of this address had no line since the last one; None if this one gets no line either."""
@@ -127,6 +127,14 @@ class RequestLog:
             return None
         skipped, budget.skipped = budget.skipped, 0
         return skipped
+
+
+def _random_texts() -> Iterator[str]:
+    """Random texts of 80 bits in hex. The system is asked for many at a time, because each question takes a while."""
+    while True:
+        drawn = os.urandom(2560).hex()
+        for start in range(0, len(drawn), 20):
+            yield drawn[start : start + 20]
 
 
 def _note_ids_of_client(line: LogLine, headers: Headers) -> None:

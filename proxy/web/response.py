@@ -8,13 +8,16 @@ disconnected does nothing.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import Headers
+from proxy.upstreams.headers import SERVER_NAME, Headers, header_lines
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
@@ -23,27 +26,63 @@ _HEARTBEAT_S = 15
 # A line that begins with a colon is a comment (WHATWG, HTML §9.2.6), which every SDK ignores.
 HEARTBEAT = b": keep-alive\n\n"
 
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class _WholeAnswer(web.StreamResponse):
+    """A whole answer with status 200, on a connection that stays open: head and body are one write.
+
+    The library writes the same bytes, in many more steps.
+    """
+
+    _keep_alive = True
+
+    def __init__(self, headers: Mapping[str, str], body: bytes, added: Mapping[str, str]) -> None:
+        super().__init__()
+        own = {"Content-Length": str(len(body)), "Date": rfc822_formatted_time(), "server": SERVER_NAME}
+        self._parts = (b"HTTP/1.1 200 OK\r\n", header_lines({**headers, **own, **added}), b"\r\n", body)
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Send the answer. Raises ConnectionError if the client has disconnected."""
+        writer: Any = request.writer
+        await writer.write(b"".join(self._parts), drain=False)
+        await writer.drain()
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Does nothing: `prepare` has sent everything."""
+
 
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
+    `response` is None until an answer has begun. The request's id is sent as `x-request-id`. `added` are headers that
+    a signal handler of the application adds to other responses.
     """
 
     def __init__(
-        self, request: web.Request, line: LogLine, *, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
+        self,
+        request: web.Request,
+        line: LogLine,
+        *,
+        added: Mapping[str, str] = _NO_HEADERS,
+        write_s: float = _WRITE_S,
+        heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
         self.id = line.request_id
+        self.task = request.task
         self.line = line
         self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None
         self._request = request
+        self._added = added
         self._write_s = write_s
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
         self._writes_in_progress = 0
+        self._loop = request.task.get_loop()
+        self._is_chunked = False
         self._written_at = 0.0  # by the event loop's clock
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._tasks = Tasks()
@@ -72,7 +111,11 @@ class WebResponder:
         if self.is_disconnected:
             return
         self.line.mark_first_byte(status)
-        self.response = web.Response(status=status, headers={**headers, "x-request-id": self.id}, body=body)
+        headers, request = {**headers, "x-request-id": self.id}, self._request
+        if status == HTTPStatus.OK and request.version == (1, 1) and request.keep_alive:
+            self.response = _WholeAnswer(headers, body, self._added)
+        else:
+            self.response = web.Response(status=status, headers=headers, body=body)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of a streamed answer."""
@@ -80,22 +123,24 @@ class WebResponder:
         self.response = response
         self.line.mark_first_byte(status)
         await self._write_in_time(lambda: response.prepare(self._request))
+        self._is_chunked = "transfer-encoding" in response.headers  # not for HTTP/1.0
 
     async def write(self, data: bytes) -> None:
         """Send a piece of a streamed answer; waits while the client reads slowly."""
-        response, protocol = self.response, self._request.protocol
-        assert response is not None, "start() first"
         if not data or self.is_disconnected:
             return
-        if protocol is None or protocol.writing_paused:
-            await self._write_in_time(lambda: response.write(data))
-            return
-        writer: Any = self._request.writer  # the library's abstract class does not have `drain`
-        try:
-            await writer.write(data, drain=False)  # which never waits
-        except ConnectionError:
+        protocol = self._request.protocol
+        assert self.response is not None and protocol is not None, "start() first"
+        transport = protocol.transport
+        if transport is None or transport.is_closing():
             self.abort()
-        self._written_at = asyncio.get_running_loop().time()
+            return
+        # Not by the library's writer, which would add three steps to each chunk of a stream.
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        if protocol.writing_paused:
+            await self._write_in_time(self._request.writer.drain)
+        else:
+            self._written_at = self._loop.time()
 
     @contextmanager
     def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
@@ -130,7 +175,7 @@ class WebResponder:
                 await start()
             await self.write(HEARTBEAT)
 
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         self._written_at = self._written_at or now
         self._schedule_heartbeat(max(0, every_s - (now - self._written_at)), every_s, beat)
         try:
@@ -159,7 +204,7 @@ class WebResponder:
         """
         if self.is_disconnected:
             return
-        deadline = asyncio.get_running_loop().call_later(self._write_s, self.abort)
+        deadline = self._loop.call_later(self._write_s, self.abort)
         self._writes_in_progress += 1
         try:
             await write()
@@ -168,12 +213,10 @@ class WebResponder:
         finally:
             deadline.cancel()
             self._writes_in_progress -= 1
-            self._written_at = asyncio.get_running_loop().time()
+            self._written_at = self._loop.time()
 
     def _schedule_heartbeat(self, after_s: float, every_s: float, beat: Callable[[], Awaitable[None]]) -> None:
-        self._heartbeat_timer = asyncio.get_running_loop().call_later(
-            after_s, self._on_heartbeat_timer, every_s, beat
-        )
+        self._heartbeat_timer = self._loop.call_later(after_s, self._on_heartbeat_timer, every_s, beat)
 
     def _cancel_heartbeat(self) -> None:
         if self._heartbeat_timer is not None:
@@ -188,7 +231,7 @@ class WebResponder:
         so the timer is set for 6 s later. At 12:00:21 the silence is 15 s: a comment is sent, and the next check is
         at 12:00:36.
         """
-        silent_s = asyncio.get_running_loop().time() - self._written_at
+        silent_s = self._loop.time() - self._written_at
         if silent_s >= every_s:
             self._tasks.start("heartbeat", self._send_heartbeat(beat))
             silent_s = 0

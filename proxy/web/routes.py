@@ -13,7 +13,6 @@ goes on or stops as the policy says (see `calls.disconnect`).
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -79,25 +78,32 @@ from proxy.web.self_service import SelfService, can_name
 log = structlog.get_logger("routes")
 
 
-@dataclass(slots=True)
 class _Running:
     """A request whose caller is identified. `call` is the task of its call, once that runs."""
 
-    caller: Caller
-    request: web.Request
-    call: asyncio.Task[object] | None = None
+    __slots__ = ("call", "line", "request")
+
+    def __init__(self, request: web.Request, line: LogLine) -> None:
+        self.request = request
+        self.line = line
+        self.call: asyncio.Task[object] | None = None
 
 
 class _Metered:
-    """A path of a metered call, as the router would find it: `match` is its result, which all requests share."""
+    """A path of a metered call, as the router would find it: `match` is its result, which all requests share.
 
-    __slots__ = ("handler", "match")
+    `shown` is the path as the log shows it until its caller is identified.
+    """
+
+    __slots__ = ("handler", "match", "shown")
 
     def __init__(self, route: web.AbstractRoute, handler: Handler, application: web.Application) -> None:
         self.handler = handler
         self.match = web.UrlMappingMatchInfo({}, route)
         self.match.add_app(application)
         self.match.freeze()
+        assert route.resource is not None
+        self.shown = f"{hdrs.METH_POST} {route.resource.canonical}"
 
 
 class Api:
@@ -144,11 +150,12 @@ class Api:
         answer. If it tries again it gets a 401.
         """
         users = {user.subject for user in cuts.users}
-        chosen = [
-            running
-            for id, running in self._running.items()
-            if running.caller.key.id in cuts.key_ids or running.caller.user in users or id in cuts.call_ids
-        ]
+        chosen = []
+        for id, running in self._running.items():
+            caller = running.line.caller
+            assert caller is not None, "identified before it is one of these"
+            if caller.key.id in cuts.key_ids or caller.user in users or id in cuts.call_ids:
+                chosen.append(running)
         for running in chosen:
             if running.call is None:
                 _cut_connection(running.request)
@@ -162,7 +169,7 @@ class Api:
     def application(self, health: Health, events: Events) -> web.Application:
         """The application, with the paths of `health`. A `Listener` has to serve it with `serve`."""
         self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
-        application = web.Application(middlewares=[self._answer_request])
+        application = web.Application(middlewares=[self._answer_other])
         application.on_response_prepare.extend([add_server_name, self._cors.add_headers])
         application.router.add_routes([*health.routes(), *self._page.routes()])
         for endpoint in METERED:
@@ -195,14 +202,21 @@ class Api:
         if metered is None:
             return await application(request)
         request._match_info = metered.match  # as the application sets it, for the hooks that add headers
-        return await self._answer_request(request, metered.handler)
+        return await self._answer_request(request, metered.handler, shown=metered.shown, is_served=True)
 
     @web.middleware
-    async def _answer_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answer_other(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer a request whose path the router has found, or has not found."""
+        shown, is_served = _shown(request), _is_served(request)
+        return await self._answer_request(request, handler, shown=shown, is_served=is_served)
+
+    async def _answer_request(
+        self, request: web.Request, handler: Handler, *, shown: str, is_served: bool
+    ) -> web.StreamResponse:
         """Answer a request, also if it has an error, and log it. Every request passes here."""
         address = client_address(request.remote, request.headers.items(), self._trusted_proxies)
-        line = self._request_log.begin(_shown(request), address=address, headers=request.headers)
-        line.is_served = _is_served(request)
+        line = self._request_log.begin(shown, address=address, headers=request.headers)
+        line.is_served = is_served
         request[LOG_LINE] = line
         request[REQUEST_ID] = line.request_id
         status = None
@@ -226,7 +240,7 @@ class Api:
     def _check(self, request: web.Request) -> None:
         """Check what has to be right of every request. Raises BadFraming, NotServed and NoUpgrade."""
         validate_request(request)
-        if request.get(IS_OUTSIDE_PREFIX) and request.path not in HEALTH_PATHS:
+        if self._prefix and request.get(IS_OUTSIDE_PREFIX) and request.path not in HEALTH_PATHS:
             raise NotServed(
                 f"Nothing is served at this path: all paths of this API begin with {self._prefix}, and the base_url "
                 f"of an SDK ends in {self._prefix}/v1."
@@ -249,19 +263,25 @@ class Api:
         """
         snapshot, line = self._policies.current, request[LOG_LINE]
         authentication, changes = snapshot.authentication, None
+        directory = authentication.directory
         try:
             # Once more if a key or user was changed meanwhile: what was read may be from before the change, and the
             # calls that the change cuts off were ended before this one could be found.
-            while changes != authentication.changes:
-                changes = authentication.changes
+            while changes != directory.changes:
+                changes = directory.changes
                 caller = await authentication.identify(request.headers.items(), request.remote, line.address)
         except InvalidKey as error:
             self._relay.metrics.unauthorized(error.reason)
             raise
         line.caller = caller
         note_valid_key(request)
-        self._running.setdefault(request[REQUEST_ID], _Running(caller, request)).caller = caller
+        if line.request_id not in self._running:
+            self._running[line.request_id] = _Running(request, line)
         return snapshot, caller
+
+    def _responder(self, request: web.Request) -> WebResponder:
+        added = self._cors.headers_for(request)
+        return WebResponder(request, request[LOG_LINE], added=added, heartbeat_s=self._limits.heartbeat_s)
 
     def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
         """Prepares the call of this request anew if the policy, or a user or key, has changed.
@@ -269,15 +289,15 @@ class Api:
         `snapshot` is the one by which its caller was just identified. A call that is not admitted yet is then
         identified and checked like one that comes now.
         """
-        seen, changes = snapshot, snapshot.authentication.changes
+        seen, changes = snapshot, snapshot.authentication.directory.changes
 
         async def renew(call: Call) -> Call:
             nonlocal seen, changes
             current = await self._policies.confirmed()
-            if current is seen and current.authentication.changes == changes:
+            if current is seen and current.authentication.directory.changes == changes:
                 return call
             seen, caller = await self._identify(request)
-            changes = seen.authentication.changes
+            changes = seen.authentication.directory.changes
             prepare = partial(prepare_call, call.request, caller, seen, client, spool=call.spool)
             call = await self._relay.threads.run(prepare, cost=call.request.body.cost)
             return await self._stored_responses.with_previous(call)
@@ -288,10 +308,9 @@ class Api:
         snapshot, caller = await self._identify(request)
         line = request[LOG_LINE]
         line.endpoint = endpoint.name
-        client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
+        client = self._responder(request)
         renew = self._renewal(snapshot, request, client)
         deployment = request.match_info.get("deployment")
-        shown = partial(logged_name, caller=caller, snapshot=snapshot, lists=self._model_lists)
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
         share = BodyShare(self._memory, caller.user, check_large)
         if endpoint.form is not None:
@@ -301,7 +320,8 @@ class Api:
             try:
                 form = await read_form(request, spool, self._limits, share)
                 parsed = parse_form_request(endpoint, form, deployment=deployment)
-                line.model, line.stream = shown(parsed.model), parsed.stream
+                line.model = logged_name(parsed.model, caller=caller, snapshot=snapshot, lists=self._model_lists)
+                line.stream = parsed.stream
                 call = prepare_call(parsed, caller, snapshot, client, spool=spool)
             except BaseException:
                 spool.close()
@@ -314,13 +334,15 @@ class Api:
 
             def prepare() -> Call:
                 parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
-                line.model, line.stream = shown(parsed.model), parsed.stream
+                line.model = logged_name(parsed.model, caller=caller, snapshot=snapshot, lists=self._model_lists)
+                line.stream = parsed.stream
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
             body = b""  # only its parsed values are needed from here on
             call = await self._stored_responses.with_previous(call)
-            call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
+            if share.size:
+                call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
         except BaseException:
             share.free()
             raise
@@ -329,7 +351,7 @@ class Api:
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
-        client = WebResponder(request, request[LOG_LINE], heartbeat_s=self._limits.heartbeat_s)
+        client = self._responder(request)
         query = StoredResponseQuery(
             path,
             response_id=request.match_info["id"],
@@ -351,7 +373,8 @@ class Api:
         """
         line = client.line
         line.is_call = True
-        self._running[client.id].call = self.calls.enter()
+        self.calls.enter(client.task)
+        self._running[client.id].call = client.task
         when_lost(request, client.note_disconnect)
         try:
             await self._relay.carry(call, renew)
@@ -368,7 +391,7 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
-            self.calls.leave()
+            self.calls.leave(client.task)
             del self._running[client.id]
             self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
             if line.model == OTHER and line.outcome == "complete":

@@ -195,7 +195,7 @@ def test_only_the_newest_state_of_a_counter_is_kept():
 def test_a_window_of_a_duration_has_no_times_before_a_call_opens_it():
     """Its end would be later each time. A limit of 0 is used up."""
     process = watched(quota("staff/burst", tokens=0, per="6h"))
-    process.activity.counter_changed(("user:ann", "staff/burst"), Counter(Window(NOON - HOUR, NOON)), NOON)
+    process.activity.counters_changed({("user:ann", "staff/burst"): Counter(Window(NOON - HOUR, NOON))}, NOON)
     [state] = states(process.activity.take()).values()
     assert (state["opened_at"], state["resets_at"], state["limits"][0]["percent"]) == (None, None, 100.0)
 
@@ -240,10 +240,10 @@ def test_counters_that_do_not_fit_into_a_batch_are_in_the_next():
     process = watched(DAILY)
     keys = [(f"user:{number}", "staff/daily") for number in range(COUNTERS_AT_ONCE + 5)]
     for key in keys:
-        process.activity.counter_changed(key, Counter(Window(NOON, NOON + HOUR), amount(1)), NOON)
-    process.activity.counter_changed(keys[0], Counter(Window(NOON, NOON + HOUR), amount(2)), NOON)
+        process.activity.counters_changed({key: Counter(Window(NOON, NOON + HOUR), amount(1))}, NOON)
+    process.activity.counters_changed({keys[0]: Counter(Window(NOON, NOON + HOUR), amount(2))}, NOON)
     first = process.activity.take()
-    process.activity.counter_changed(keys[0], Counter(Window(NOON, NOON + HOUR), amount(3)), NOON)
+    process.activity.counters_changed({keys[0]: Counter(Window(NOON, NOON + HOUR), amount(3))}, NOON)
     second = process.activity.take()
     assert list(first.counters) == keys[:COUNTERS_AT_ONCE]
     assert list(second.counters) == [*keys[COUNTERS_AT_ONCE:], keys[0]]
@@ -255,7 +255,7 @@ def test_too_many_counters_are_left_out_and_the_batch_says_so():
     process = watched(DAILY, changed_max=10)
     for number in range(11):
         key = (f"user:{number}", "staff/daily")
-        process.activity.counter_changed(key, Counter(Window(NOON, NOON + HOUR), amount(1)), NOON)
+        process.activity.counters_changed({key: Counter(Window(NOON, NOON + HOUR), amount(1))}, NOON)
     batch = process.activity.take()
     assert batch.is_incomplete
     assert ("user:0", "staff/daily") not in batch.counters
@@ -267,8 +267,8 @@ def test_a_state_that_was_read_before_the_last_reply_is_older():
     """A reset is read from the database, and a call can end meanwhile."""
     process = watched(DAILY)
     key, window = ("user:ann", "staff/daily"), Window(NOON, NOON + HOUR)
-    process.activity.counter_changed(key, Counter(window, amount(7)), NOON + 2)
-    process.activity.counter_changed(key, Counter(window, amount(0)), NOON + 1)
+    process.activity.counters_changed({key: Counter(window, amount(7))}, NOON + 2)
+    process.activity.counters_changed({key: Counter(window, amount(0))}, NOON + 1)
     [state] = states(process.activity.take()).values()
     assert state["limits"][0]["used"] == 7
 
@@ -401,7 +401,7 @@ def test_a_level_is_noted_again_after_a_reset_and_in_the_next_window():
     today, tomorrow = (Window(NOON + day * 24 * HOUR, NOON + (day + 1) * 24 * HOUR) for day in (0, 1))
 
     def change(window: Window, used: int) -> list[tuple[str, int]]:
-        process.activity.counter_changed(key, Counter(window, amount(used)), window.opened_at)
+        process.activity.counters_changed({key: Counter(window, amount(used))}, window.opened_at)
         return crossed(process)
 
     assert change(today, 1000) == [("staff/daily", 100)]
@@ -419,7 +419,7 @@ def test_a_level_is_noted_again_when_its_window_is_shortened():
     day, minute = (Window(NOON, NOON + length) for length in (24 * HOUR, 60_000))
     noted = []
     for window, seconds in ((day, 1), (minute, 2), (minute, 3)):
-        process.activity.counter_changed(key, Counter(window, amount(900)), NOON + seconds * 1000)
+        process.activity.counters_changed({key: Counter(window, amount(900))}, NOON + seconds * 1000)
         process.activity.take()
         noted.append([(each.level, each.resets_at) for each in process.activity.take_notices()[1]])
     assert noted == [[(80, day.resets_at)], [(80, minute.resets_at)], []]
@@ -428,7 +428,7 @@ def test_a_level_is_noted_again_when_its_window_is_shortened():
 def test_a_limit_of_zero_is_no_level():
     """It is a switch."""
     process = Process(quota("staff/daily", tokens=0))
-    process.activity.counter_changed(("user:ann", "staff/daily"), Counter(Window(NOON, NOON + HOUR)), NOON)
+    process.activity.counters_changed({("user:ann", "staff/daily"): Counter(Window(NOON, NOON + HOUR))}, NOON)
     assert crossed(process) == []
 
 
@@ -440,7 +440,7 @@ def test_what_is_remembered_of_levels_is_bounded(monkeypatch):
     def use_up(*users: int) -> list[tuple[str, int]]:
         for user in users:
             window = Window(NOON, NOON + HOUR)
-            process.activity.counter_changed((f"user:{user}", "staff/daily"), Counter(window, amount(1000)), NOON)
+            process.activity.counters_changed({(f"user:{user}", "staff/daily"): Counter(window, amount(1000))}, NOON)
         return crossed(process)
 
     assert use_up(1, 2, 3, 4) == [("staff/daily", 100)] * 3

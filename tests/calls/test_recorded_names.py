@@ -22,7 +22,7 @@ def test_a_user_adds_100_names_a_day(tmp_path: Path) -> None:
     assert names.name_of(last, NOON) == "other"
     assert names.name_of(_call(snapshot, "m7"), NOON) == "m7"
     assert names.name_of(_call(snapshot, "fast"), NOON) == "fast"
-    bob = replace(last, caller=replace(ALICE, user="bob"))
+    bob = replace(last, caller=ALICE._replace(user="bob"))
     assert names.name_of(bob, NOON) == "one-more"
     assert names.name_of(last, NOON + DAY // 2 - 1) == "other"
     assert names.name_of(last, NOON + DAY // 2) == "one-more"  # midnight in UTC
@@ -40,7 +40,7 @@ def test_listed_names_do_not_count(tmp_path: Path) -> None:
 def test_the_names_of_all_users_are_bounded(tmp_path: Path) -> None:
     """So the memory is, however many users there are."""
     call, names = _call(_snapshot(tmp_path, OPEN), "m"), RecordedNames(names_max=2)
-    users = [replace(call, caller=replace(ALICE, user=f"u{number}")) for number in range(3)]
+    users = [replace(call, caller=ALICE._replace(user=f"u{number}")) for number in range(3)]
     assert [names.name_of(each, NOON) for each in users] == ["m", "m", "other"]
     assert [names.name_of(each, NOON) for each in users] == ["m", "m", "other"]
     assert names.name_of(users[2], NOON + DAY) == "m"

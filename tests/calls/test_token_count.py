@@ -133,7 +133,7 @@ async def test_the_configured_encoding_is_used() -> None:
     count = counted(tokenizers(), replace(UNKNOWN, encoding="cl100k_base"), COMPLETIONS, prompt=text)
     assert await count.input_tokens() == demands["cl100k_base"].input
     assert await count.output_tokens([text]) == demands["cl100k_base"].input
-    assert count.output_counter(text) == demands["cl100k_base"].input
+    assert count.count_output(text) == demands["cl100k_base"].input
 
 
 async def test_without_a_table_a_query_is_estimated_with_each_document() -> None:
@@ -196,7 +196,7 @@ async def test_the_texts_of_an_answer_are_counted() -> None:
     assert await count.output_tokens([]) == 0
     assert recording.given == []
     assert await count.output_tokens(["Hello world!", "Hello"]) == 4
-    assert count.output_counter("Hello world!") == 3
+    assert count.count_output("Hello world!") == 3
 
 
 async def test_without_a_table_four_bytes_of_an_answer_are_one_token() -> None:
@@ -206,4 +206,4 @@ async def test_without_a_table_four_bytes_of_an_answer_are_one_token() -> None:
     assert await count.output_tokens(["é" * 4]) == 2
     assert await count.output_tokens(["\ud800"]) == 1
     assert await count.output_tokens([]) == 0
-    assert count.output_counter("abcde") == 2
+    assert count.count_output("abcde") == 2

@@ -166,7 +166,7 @@ def ending_of(endpoint: EndpointName, passed: Sequence[JSON], *, choices: int = 
     [of] = [each for each in METERED if each.name == endpoint]
     ending = new(request(of, **({"n": choices} if choices > 1 else {}))).ending
     for chunk in passed:
-        ending.see(chunk)
+        ending.see(chunk, json.dumps(chunk).encode())
     return ending
 
 

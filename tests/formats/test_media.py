@@ -174,6 +174,6 @@ def test_a_stream_of_images_with_an_error_has_no_output(error: dict) -> None:
 def test_a_stream_of_images_is_never_stopped() -> None:
     """Its whole output is held before it begins, so its ending writes nothing and keeps no event."""
     ending = new(request(IMAGES)).ending
-    ending.see({"type": "image_generation.partial_image", "b64_json": "AAAA"})
+    ending.see({"type": "image_generation.partial_image", "b64_json": "AAAA"}, b"")
     assert ending.at_limit(USED, shows_usage=True) == b""
     assert not ending.has_finished

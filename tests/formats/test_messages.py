@@ -282,7 +282,7 @@ def end_after(*events: dict[str, Any], usage: Tokens = USED) -> list[dict[str, A
     """The events that are written after these."""
     ending = MessagesEnding()
     for event in events:
-        ending.see(event)
+        ending.see(event, b"")
     return parsed(ending.at_limit(usage, shows_usage=False))
 
 
@@ -333,8 +333,8 @@ def test_a_message_of_which_nothing_passed_gets_a_start() -> None:
 def test_a_message_that_has_ended_gets_no_second_end(event: dict[str, Any], is_over: bool) -> None:
     """A `message_delta` without a stop reason is not an end: it states the usage so far."""
     ending = MessagesEnding()
-    ending.see(BEGUN)
-    ending.see(event)
+    ending.see(BEGUN, b"")
+    ending.see(event, b"")
     assert ending.has_finished == is_over
     assert (ending.at_limit(USED, shows_usage=False) == b"") == is_over
 

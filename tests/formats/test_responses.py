@@ -520,7 +520,7 @@ def test_a_response_that_has_ended_gets_no_second_end(kind: str) -> None:
     """The upstream's own last event was the end."""
     ending = ending_of("responses", RESPONSE)
     assert not ending.has_finished
-    ending.see({"type": kind, "sequence_number": len(RESPONSE), "response": HEAD})
+    ending.see({"type": kind, "sequence_number": len(RESPONSE), "response": HEAD}, b"")
     assert ending.has_finished
     assert ending.at_limit(USED, shows_usage=True) == b""
 

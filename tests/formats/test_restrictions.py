@@ -27,13 +27,15 @@ from proxy.formats.kinds import KINDS, MAXIMUM_FIELDS, kind_of
 from proxy.formats.model_names import check_model_name, check_name_form
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import (
+    CHECKED_FIELDS,
+    USUAL_FIELDS,
     check_negative_maxima,
     check_refused_fields,
     negative_maxima,
     refused_fields,
     used_fields,
 )
-from proxy.formats.strict_json import DEPTH_MAX
+from proxy.formats.strict_json import DEPTH_MAX, plain_name
 from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
 
@@ -221,6 +223,15 @@ def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(end
     for value in (True, "true", {"id": "x"}, ["x"], {}):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
+
+
+def test_no_usual_field_is_another_spelling() -> None:
+    """A body that has only these gets no closer look: two of them would have to be one field to some server."""
+    fields = CHECKED_FIELDS | USUAL_FIELDS
+    assert len({plain_name(name) for name in fields}) == len(fields)
+    for endpoint in METERED:
+        for name in refused_fields(endpoint):
+            assert plain_name(name) not in map(plain_name, USUAL_FIELDS - {name})
 
 
 @pytest.mark.parametrize(

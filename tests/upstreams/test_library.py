@@ -42,6 +42,11 @@ INTERNALS = {
         ResponseHandler,
         "_parser",
     ): "parses what arrives; None: what arrives is kept, and should_close is true from then on",
+    (
+        ResponseHandler,
+        "resume_reading",
+    ): "undoes pause_reading, as the reader of a body wants it after each read",
+    (ResponseHandler, "_reading_paused"): "is true from pause_reading until resume_reading",
     (ResponseHandler, "read"): "waits for the next head, 1xx included, and gives it with the reader of its body",
     (ResponseHandler, "should_close"): "is true unless the last answer is complete and nothing has come after it",
     (

@@ -66,7 +66,9 @@ class Proxy:
 
     def use(self, user: str, tokens: int, *, at: Any = DAILY) -> None:
         """A counter of this user has another state."""
-        self.process.activity.counter_changed(at.key_for(user), Counter(window(), amount(tokens)), self.process.now)
+        self.process.activity.counters_changed(
+            {at.key_for(user): Counter(window(), amount(tokens))}, self.process.now
+        )
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
 from proxy.config.loader import ConnectionLimits
@@ -24,6 +25,7 @@ from proxy.metrics import Metrics
 from proxy.web import listener
 from proxy.web.listener import Listener, note_valid_key
 from proxy.web.request_log import RequestLog
+from proxy.web.response import _WholeAnswer
 from tests.bare_client import KEY, BareClient, bare_client, get, post
 from tests.builders import NOON
 from tests.library import gone, unlisted
@@ -770,6 +772,15 @@ INTERNALS = {
 }
 
 
+# The same for response.py and routes.py.
+INTERNALS_OF_ANSWERS = {
+    (web.StreamResponse, "prepare"): "finish_response of a connection awaits it once, before write_eof",
+    (web.StreamResponse, "write_eof"): "finish_response awaits it once, with nothing to write",
+    (web.StreamResponse, "_keep_alive"): "is true if the connection stays open after the answer",
+    (web.Request, "_match_info"): "is set once, to the match of the router, and names the signal handlers",
+}
+
+
 # What listener.py adds to aiohttp's classes.
 ADDED = {
     web.AppRunner: ["_limits", "_prefix", "_request_log", "_serve", "all_answered", "stop_accepting"],
@@ -796,7 +807,13 @@ async def test_aiohttp_has_every_internal_that_the_listener_uses() -> None:
     server = web.Server(_ok)  # type: ignore[arg-type]
     connection = web.RequestHandler(server, loop=asyncio.get_running_loop())
     objects = {web.AppRunner: web.AppRunner(web.Application()), web.Server: server, web.RequestHandler: connection}
-    problems = [*_changes(objects), *_unlisted()]
+    answers = {web.StreamResponse: web.StreamResponse(), web.Request: make_mocked_request("GET", "/")}
+    problems = [*_changes(objects), *_unlisted(), *gone(INTERNALS_OF_ANSWERS, answers, "response.py or routes.py")]
+    problems += [
+        f"_WholeAnswer.{name} overrides a method: add it to INTERNALS_OF_ANSWERS"
+        for name in (vars(_WholeAnswer).keys() & vars(web.StreamResponse).keys()) - {"_abc_impl"}
+        if name[:2] != "__" and (web.StreamResponse, name) not in INTERNALS_OF_ANSWERS
+    ]
     if not aiohttp.__version__.startswith(f"{CHECKED}."):
         problems.append("This is another minor version: check every sentence of INTERNALS, then change CHECKED.")
     if problems:

@@ -1,15 +1,24 @@
 """Answers to clients that read slowly, that have disconnected, and that wait for a silent stream."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from aiohttp import web
 
+from proxy.config.loader import ConnectionLimits
+from proxy.metrics import Metrics
 from proxy.tasks import Tasks
+from proxy.web.cors import Cors
+from proxy.web.listener import Listener
+from proxy.web.middleware import add_server_name
+from proxy.web.request_log import RequestLog
 from proxy.web.response import HEARTBEAT, WebResponder
-from tests.builders import log_line
+from tests.bare_client import bare_client
+from tests.builders import NOON, log_line
 from tests.stage import movable_time, until
 
 
@@ -273,3 +282,76 @@ async def test_the_head_of_a_silent_stream_is_whole_before_anything_else_is_writ
         seen = await reader.readuntil(b"0\r\n\r\n")
         assert seen.endswith(b"\r\n\r\ne\r\n" + HEARTBEAT + b"\r\n6\r\nanswer\r\n0\r\n\r\n")
         writer.close()
+
+
+# ------------------------------------------------------------------------------------------------------ whole answers
+
+PAGE = "https://app.example.com"
+CORS = Cors([PAGE])
+HEADERS = {"content-type": "application/json", "x-ratelimit-remaining-tokens": "7", "cache-control": "no-store"}
+
+
+@asynccontextmanager
+async def _answering(body: bytes) -> AsyncIterator[str]:
+    """A server of ours. At `/ours` it answers with a WebResponder, at other paths with the library's response."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = WebResponder(request, log_line("req_1"), added=CORS.headers_for(request))
+        client.send(200, HEADERS, body)
+        assert client.response is not None
+        if request.path == "/ours":
+            return client.response
+        return web.Response(headers={**HEADERS, "x-request-id": "req_1"}, body=body)
+
+    application = web.Application()
+    application.on_response_prepare.extend([add_server_name, CORS.add_headers])
+    application.router.add_route("*", "/{any:.*}", handler)
+    log = RequestLog(lambda: "all", metrics=Metrics(), clock=lambda: 5.5, now=lambda: NOON)
+    runner = Listener(application, ConnectionLimits(), request_log=log)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def _ask_for(path: str, *headers: str, version: str = "1.1") -> bytes:
+    return "\r\n".join([f"POST {path} HTTP/{version}", "Host: x", "Content-Length: 0", *headers, "", ""]).encode()
+
+
+@pytest.mark.parametrize("body", [b'{"id": "1"}', b"", b"x" * 3_000_000, bytearray(b"text")])
+@pytest.mark.parametrize("headers", [(), (f"Origin: {PAGE}",), ("Origin: https://other.example.com",)])
+async def test_a_whole_answer_has_the_bytes_that_the_library_would_write(
+    body: bytes, headers: tuple[str, ...]
+) -> None:
+    """Its head is written by the proxy, with all that the library and the signal handlers add to others."""
+    async with _answering(body) as url, bare_client(url) as client:
+        written = []
+        for path in ("/ours", "/library", "/ours"):  # on one connection, which stays open
+            client.send(_ask_for(path, *headers))
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            written.append(_without_date(head) + await client.reader.readexactly(len(body)))
+        assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize(("version", "headers"), [("1.1", ("Connection: close",)), ("1.0", ())])
+async def test_a_connection_that_is_not_kept_ends_with_its_answer(version: str, headers: tuple[str, ...]) -> None:
+    """The library writes the head then, which says so."""
+    async with _answering(b"{}") as url:
+        written = []
+        for path in ("/ours", "/library"):
+            async with bare_client(url) as client:
+                client.send(_ask_for(path, *headers, version=version))
+                written.append(_without_date(await client.reader.read()))
+        assert written[0] == written[1]
+        assert written[0].startswith(f"HTTP/{version} 200 OK\r\n".encode())
+
+
+def _without_date(answer: bytes) -> bytes:
+    """Without the second in which it was written."""
+    answer, found = re.subn(
+        rb"\r\nDate: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n", b"\r\n", answer
+    )
+    assert found == 1, answer
+    return answer

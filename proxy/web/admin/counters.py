@@ -196,8 +196,7 @@ class Counters:
                 found = await reset_since(connection, policy, target, groups=groups, since=since)
         except StoreUnavailable:
             return  # the reset is made, and its answer has to say so
-        for key, counter in found.items():
-            self._activity.counter_changed(key, counter, at)
+        self._activity.counters_changed(found, at)
         if len(found) == RESETS_SHOWN_MAX:
             self._activity.note_incomplete()
 
