@@ -29,7 +29,8 @@ from proxy.policy.admission import (
     increase_hold,
 )
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Demand, Quota, counter_at
 
 # --------------------------------------------------------------------------------------------------------- operations
 

@@ -34,19 +34,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount, totals_of
-from proxy.policy.quota import (
-    SMALLEST_PART,
-    Alternative,
-    Binding,
-    Counter,
-    CounterKey,
-    Demand,
-    Limit,
-    Quota,
-    Rule,
-    Rules,
-    counter_at,
-)
+from proxy.policy.binding import Alternative, Binding, Rule, Rules
+from proxy.policy.quota import SMALLEST_PART, Counter, CounterKey, Demand, Limit, Quota, counter_at
 
 # An estimated input is the number of its bytes, about four times its tokens in prose. Far from a limit that is good
 # enough, and no text is tokenized. It is counted if the estimate is more than a sixteenth of what is available: with

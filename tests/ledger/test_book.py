@@ -27,7 +27,8 @@ from proxy.ledger.book import (
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
-from proxy.policy.quota import Binding, Quota
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Quota
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Amount, Measure, Uses, call_amount, totals_of
+from proxy.policy.binding import BoundQuotas
 from proxy.policy.quota import (
-    BoundQuotas,
     Counter,
     Globs,
     Limit,
@@ -388,7 +388,7 @@ def test_rules_are_made_once_for_all_users_of_the_same_groups():
 
 def test_the_number_of_narrowed_quotas_is_bounded(monkeypatch):
     """Whatever groups keys are limited to."""
-    monkeypatch.setattr("proxy.policy.quota._NARROWED_MAX", 2)
+    monkeypatch.setattr("proxy.policy.binding._NARROWED_MAX", 2)
     bound = binding([DAILY], [SHARED], ADMINS)
     sets = [{"staff"}, {"team"}, {"admins"}, {"staff", "team"}]
     narrowed = [bound.narrowed(names) for names in sets]
