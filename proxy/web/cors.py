@@ -40,9 +40,8 @@ class Cors:
         self._origins = frozenset(origins)
 
     def answer_preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a preflight request of an allowed origin; None for any other request."""
-        is_preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        if not is_preflight or self._allowed(request) is None:
+        """The answer to a request with OPTIONS that is a preflight of an allowed origin; None for any other."""
+        if hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers or self._allowed(request) is None:
             return None
         requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
         echoed = [name for name in map(str.strip, requested) if _HEADER_NAME.fullmatch(name)]

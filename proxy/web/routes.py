@@ -222,7 +222,9 @@ class Api:
         status = None
         try:
             try:
-                response: web.StreamResponse | None = self._cors.answer_preflight(request)
+                response: web.StreamResponse | None = None
+                if request.method == hdrs.METH_OPTIONS:
+                    response = self._cors.answer_preflight(request)
                 if response is None:
                     self._check(request)
                     response = await handler(request)
