@@ -59,6 +59,11 @@ class ChatMeter(Meter):
     removed or put back, so that the client gets what it would have got otherwise.
     """
 
+    # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
+    _finish_chunk: tuple[bytes, JSON] | None = None
+    _usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
+    _has_finish = False  # one of several choices has finished since the last of these usage chunks
+
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         running_usage = kind_of(kind).running_usage
@@ -66,10 +71,6 @@ class ChatMeter(Meter):
         self._stripped_running_usage = running_usage if kind in request.adds_running_usage else None
         self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts
-        # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
-        self._finish_chunk: tuple[bytes, JSON] | None = None
-        self._usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
-        self._has_finish = False  # one of several choices has finished since the last of these usage chunks
         self._usage_of_choices: dict[int, Stated] = {}  # the usages inside choices, by the index of the choice
 
     def stop_stripping(self) -> None:
