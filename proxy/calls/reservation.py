@@ -133,8 +133,10 @@ class Reservation:
         would take every quota over its limit.
         """
         hold = self.entry.hold.output
-        usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
-        if hold == self.entry.maximum or usage.tokens.output <= hold:
+        if hold == self.entry.maximum:
+            return True
+        usage = await self.usage()
+        if usage.tokens.output <= hold:
             return True
         try:
             return await self._extend(queue, self._held_input(), wait_s=0, least=usage.tokens.output)
