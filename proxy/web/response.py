@@ -40,12 +40,19 @@ class _WholeAnswer(web.StreamResponse):
     def __init__(self, headers: Mapping[str, str], body: bytes, added: Mapping[str, str]) -> None:
         super().__init__()
         own = {"Content-Length": str(len(body)), "Date": rfc822_formatted_time(), "server": SERVER_NAME}
-        self._parts = (b"HTTP/1.1 200 OK\r\n", header_lines({**headers, **own, **added}), b"\r\n", body)
+        self._parts: tuple[bytes, ...] = (
+            b"HTTP/1.1 200 OK\r\n",
+            header_lines({**headers, **own, **added}),
+            b"\r\n",
+            body,
+        )
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
+        # A connection keeps its last response until the next request, so the response must not keep the body.
+        parts, self._parts = self._parts, ()
         writer: Any = request.writer
-        await writer.write(b"".join(self._parts), drain=False)
+        await writer.write(b"".join(parts), drain=False)
         await writer.drain()
 
     async def write_eof(self, data: bytes = b"") -> None:
