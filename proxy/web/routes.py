@@ -72,7 +72,7 @@ from proxy.web.middleware import (
 )
 from proxy.web.pages.files import Page
 from proxy.web.request_log import RequestLog
-from proxy.web.response import WebResponder
+from proxy.web.response import ADDED_HEADERS, WebResponder
 from proxy.web.self_service import SelfService, can_name
 
 log = structlog.get_logger("routes")
@@ -219,6 +219,7 @@ class Api:
         line.is_served = is_served
         request[LOG_LINE] = line
         request[REQUEST_ID] = line.request_id
+        request[ADDED_HEADERS] = self._cors.headers_for(request)
         status = None
         try:
             try:
@@ -281,10 +282,6 @@ class Api:
             self._running[line.request_id] = _Running(request, line)
         return snapshot, caller
 
-    def _responder(self, request: web.Request) -> WebResponder:
-        added = self._cors.headers_for(request)
-        return WebResponder(request, request[LOG_LINE], added=added, heartbeat_s=self._limits.heartbeat_s)
-
     def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
         """Prepares the call of this request anew if the policy, or a user or key, has changed.
 
@@ -310,7 +307,7 @@ class Api:
         snapshot, caller = await self._identify(request)
         line = request[LOG_LINE]
         line.endpoint = endpoint.name
-        client = self._responder(request)
+        client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
         renew = self._renewal(snapshot, request, client)
         deployment = request.match_info.get("deployment")
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
@@ -353,7 +350,7 @@ class Api:
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
-        client = self._responder(request)
+        client = WebResponder(request, request[LOG_LINE], heartbeat_s=self._limits.heartbeat_s)
         query = StoredResponseQuery(
             path,
             response_id=request.match_info["id"],
@@ -404,7 +401,7 @@ class Api:
             return client.response
         raise line.error or ClientLeft  # without an answer and without an error, the client has disconnected
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
         catalog = snapshot.catalog
         lists = await asyncio.gather(*map(self._model_lists.of, catalog.open_upstreams))
@@ -415,7 +412,7 @@ class Api:
         data = [_model(name, request) for name in names]
         return json_response({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
 
-    async def _model(self, request: web.Request) -> web.Response:
+    async def _model(self, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
         if not can_name(snapshot, caller, name):
