@@ -117,7 +117,7 @@ class Meter(ABC):
     of output).
     """
 
-    # More than 30 attributes of an object take 1.3 kB more than 30. So what few answers need is set when they need it.
+    # An object with more than 30 attributes takes 1.3 kB more. So what few answers need is set when they need it.
     _has_separate_cache = False  # whether cached tokens are not included in the input that a usage states
     _is_partial = False  # the stated usage is of one choice, not of the whole answer
     _is_contradicted = False  # the upstream stated a smaller output than it had stated before
