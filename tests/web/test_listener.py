@@ -778,7 +778,10 @@ INTERNALS_OF_ANSWERS = {
     (web.StreamResponse, "write_eof"): "finish_response awaits it once, with nothing to write",
     (web.StreamResponse, "_keep_alive"): "says whether the connection stays open; force_close() sets it to False",
     (web.Request, "_match_info"): "is set once, to the match of the router, and names the signal handlers",
-    (web.Request, "_prepare_hook"): "awaits the signal handlers of the response, after the library's own headers are set",
+    (
+        web.Request,
+        "_prepare_hook",
+    ): "awaits the handlers of the signal on_response_prepare",
 }
 
 
