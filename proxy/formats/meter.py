@@ -118,6 +118,8 @@ class Meter(ABC):
     of output).
     """
 
+    # Class attributes are the defaults of what few answers need: more than 30 attributes of an object take 1.3 kB more
+    # than 30.
     is_at_end = is_over = has_error = False
     chunk: JSON | None = None
     response_id: str | None = None
@@ -212,7 +214,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            self._keep(*texts_of_body(data))
+            self._count_texts([*texts_of_body(data)])
             return event.raw
         return self._see_object(self.chunk, event)
 

@@ -70,7 +70,7 @@ def test_the_separate_usage_of_an_svg_image_is_added() -> None:
 def test_a_stream_of_images_or_audio_reports_its_usage_at_its_end(endpoint: Endpoint, step: str, end: str) -> None:
     """Every event is forwarded unchanged. If the stream breaks off before its end, the whole hold is charged."""
     of = request(endpoint)
-    begun = media_stream({"type": step, "b64_json": "AAAA"}, b"")
+    begun = media_stream({"type": step, "b64_json": "AAAA"})
     done = media_stream({"type": end, "usage": RESPONSE_USAGE})
     meter, shown = watch(begun, of)
     assert (shown, meter.output_seen, meter.is_over) == (begun, 0, False)
