@@ -56,7 +56,7 @@ _FORWARD = """
     }}
 """
 
-# `python -m proxy` as in its image. The log's library imports rich if it is there, which only a tool of the tests needs.
+# `python -m proxy` as in its image. The library of the log imports rich if it is there: a tool of the tests needs it.
 _PROXY = "import sys; sys.modules['rich'] = None; from proxy.cli import main; main()"
 
 POLICY = """
