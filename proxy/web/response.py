@@ -52,6 +52,8 @@ class WholeAnswer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
         headers = self.headers
+        if self.body:
+            headers.setdefault("Content-Type", "application/octet-stream")
         headers["Content-Length"], headers["Date"] = str(len(self.body)), rfc822_formatted_time()
         headers["server"] = SERVER_NAME
         self._keep_alive = self._keep_alive and request.keep_alive
@@ -84,7 +86,9 @@ class WebResponder:
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
         self.id = line.request_id
-        self.task = request.task
+        task = asyncio.current_task()  # that of the request: `request.task` is that of the connection
+        assert task is not None, "it is made in the handler of the request"
+        self.task = task
         self.line = line
         self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
@@ -95,7 +99,7 @@ class WebResponder:
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
         self._writes_in_progress = 0
-        self._loop = request.task.get_loop()
+        self._loop = task.get_loop()
         self._is_chunked = False
         self._written_at = 0.0  # by the event loop's clock
         self._heartbeat_timer: asyncio.TimerHandle | None = None
