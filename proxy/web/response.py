@@ -74,8 +74,11 @@ class WholeAnswer(web.StreamResponse):
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
+    `task` is set when the request becomes a call. `response` is None until an answer has begun. The request's id is
+    sent as `x-request-id`.
     """
+
+    task: asyncio.Task[Any]
 
     def __init__(
         self,
@@ -86,9 +89,6 @@ class WebResponder:
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
         self.id = line.request_id
-        task = asyncio.current_task()  # that of the request: `request.task` is that of the connection
-        assert task is not None, "it is made in the handler of the request"
-        self.task = task
         self.line = line
         self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
@@ -99,7 +99,7 @@ class WebResponder:
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
         self._writes_in_progress = 0
-        self._loop = task.get_loop()
+        self._loop = request.task.get_loop()
         self._is_chunked = False
         self._written_at = 0.0  # by the event loop's clock
         self._heartbeat_timer: asyncio.TimerHandle | None = None
