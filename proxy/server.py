@@ -249,7 +249,6 @@ class Server:
         self._admin = None if self._admin_at is None else self._admin_listener(store)
         self._jobs = Tasks()
         self._listeners: dict[str, Listener] = {}  # by the settings of their addresses
-        self._is_retiring = False
         self._delay_is_over, self._grace_is_over = asyncio.Event(), asyncio.Event()
         self.api: Address | None = None
         self.admin: Address | None = None
@@ -344,7 +343,7 @@ class Server:
         Streams of events end: their clients resume at another worker. A stop that follows has no delay.
         Idle connections are not closed now: a client could send a request at the same moment and would get no answer.
         """
-        self._is_retiring = True
+        self.health.closes_connections = True
         self._delay_is_over.set()
         self.live.events.close()
         for listener in self._listeners.values():
@@ -358,7 +357,7 @@ class Server:
         calls, in_flight, started = self._api.calls, self.calls_in_flight, self._api.calls.started
         delay_s = 0.0 if self._delay_is_over.is_set() else delay_s
         log.info("stopping", shutdown_delay_s=delay_s, calls_in_flight=in_flight)
-        self.health.is_stopping = True
+        self.health.is_stopping = self.health.closes_connections = True
         if delay_s:
             await first_of(self._delay_is_over.wait(), timeout_s=delay_s)
         cut_off = await self._stop_api(grace_s)
@@ -515,7 +514,7 @@ class Server:
 
     async def _close_after_answer(self, request: web.Request, response: web.StreamResponse) -> None:
         """Close the connection after this answer if the process is stopping or retiring."""
-        if self._is_retiring or self.health.is_stopping:
+        if self.health.closes_connections:
             response.force_close()
             response.headers["connection"] = "close"  # the library sets its headers before it sends this signal
 

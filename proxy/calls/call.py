@@ -29,9 +29,10 @@ from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.amounts import Measure, Uses
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand
+from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import Headers, idempotency_header, to_upstream
@@ -74,6 +75,12 @@ class Responder(Protocol):
 
     async def write(self, data: bytes) -> None:
         """Send a part of a streamed answer. Waits while the client reads slowly."""
+
+    def write_now(self, data: bytes) -> bool:
+        """The same without a wait. Returns whether the client keeps up."""
+
+    async def drain(self) -> None:
+        """Wait while the client reads slowly."""
 
     def heartbeat(self, is_between_events: Callable[[], bool]) -> AbstractContextManager[None]:
         """Within the block, send an SSE comment when nothing was sent for a while and `is_between_events()`."""
