@@ -9,16 +9,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.helpers import rfc822_formatted_time
 
 from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import SERVER_NAME, Headers, header_lines
-from proxy.web.health import Health
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
@@ -27,26 +25,44 @@ _HEARTBEAT_S = 15
 # A line that begins with a colon is a comment (WHATWG, HTML §9.2.6), which every SDK ignores.
 HEARTBEAT = b": keep-alive\n\n"
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 
-class _WholeAnswer(web.StreamResponse):
-    """A whole answer with status 200, on a connection that stays open: head and body are one write.
+def whole_answer(
+    request: web.BaseRequest, status: int, headers: Mapping[str, str], body: bytes
+) -> "web.Response | WholeAnswer":
+    """A response to this request that is sent as a whole. The handler returns it."""
+    if request.version != (1, 1) or request.method == hdrs.METH_HEAD or status in _WITHOUT_BODY:
+        return web.Response(status=status, headers=headers, body=body)
+    return WholeAnswer(status, headers, body)
 
-    The library writes the same bytes, in many more steps.
+
+class WholeAnswer(web.StreamResponse):
+    """A response of HTTP/1.1 whose head and body are one write.
+
+    The library's `Response` writes the same bytes, in many more steps.
     """
 
     _keep_alive = True
 
-    def __init__(self, headers: Mapping[str, str], body: bytes, added: Mapping[str, str]) -> None:
-        super().__init__()
-        own = {"Content-Length": str(len(body)), "Date": rfc822_formatted_time(), "server": SERVER_NAME}
-        self._parts = (b"HTTP/1.1 200 OK\r\n", header_lines({**headers, **own, **added}), b"\r\n", body)
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__(status=status, headers=headers)
+        self.body = body
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
+        headers = self.headers
+        headers["Content-Length"], headers["Date"] = str(len(self.body)), rfc822_formatted_time()
+        headers["server"] = SERVER_NAME
+        self._keep_alive = self._keep_alive and request.keep_alive
+        if not self._keep_alive:
+            headers["Connection"] = "close"
+        await request._prepare_hook(self)  # the application's signal `on_response_prepare`
+        line = f"HTTP/1.1 {self.status} {self.reason}\r\n".encode()
+        data = b"".join((line, header_lines(headers), b"\r\n", self.body))
+        self.body = b""  # a connection keeps its last response until the next request
         writer: Any = request.writer
-        await writer.write(b"".join(self._parts), drain=False)
+        await writer.write(data, drain=False)
         await writer.drain()
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -56,8 +72,7 @@ class _WholeAnswer(web.StreamResponse):
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`. Signal handlers of the
-    application add the headers `added` to other responses, and close their connections if `health` says so.
+    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
     """
 
     def __init__(
@@ -65,8 +80,6 @@ class WebResponder:
         request: web.Request,
         line: LogLine,
         *,
-        added: Mapping[str, str] = _NO_HEADERS,
-        health: Health | None = None,
         write_s: float = _WRITE_S,
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
@@ -78,8 +91,6 @@ class WebResponder:
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None
         self._request = request
-        self._added = added
-        self._health = health
         self._write_s = write_s
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
@@ -114,12 +125,7 @@ class WebResponder:
         if self.is_disconnected:
             return
         self.line.mark_first_byte(status)
-        headers, request = {**headers, "x-request-id": self.id}, self._request
-        stays_open = request.keep_alive and not (self._health and self._health.closes_connections)
-        if stays_open and status == HTTPStatus.OK and request.version == (1, 1):
-            self.response = _WholeAnswer(headers, body, self._added)
-        else:
-            self.response = web.Response(status=status, headers=headers, body=body)
+        self.response = whole_answer(self._request, status, {**headers, "x-request-id": self.id}, body)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of a streamed answer."""
@@ -131,20 +137,27 @@ class WebResponder:
 
     async def write(self, data: bytes) -> None:
         """Send a piece of a streamed answer; waits while the client reads slowly."""
+        if not self.write_now(data):
+            await self.drain()
+
+    def write_now(self, data: bytes) -> bool:
+        """Send a piece of a streamed answer, and return whether the client keeps up. If not, `drain` waits for it."""
         if not data or self.is_disconnected:
-            return
+            return True
         protocol = self._request.protocol
         assert self.response is not None and protocol is not None, "start() first"
         transport = protocol.transport
         if transport is None or transport.is_closing():
             self.abort()
-            return
+            return True
         # Not by the library's writer, which would add three steps to each chunk of a stream.
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-        if protocol.writing_paused:
-            await self._write_in_time(self._request.writer.drain)
-        else:
-            self._written_at = self._loop.time()
+        self._written_at = self._loop.time()
+        return not protocol.writing_paused
+
+    async def drain(self) -> None:
+        """Wait while the client reads slowly, and cut the connection if it reads nothing for too long."""
+        await self._write_in_time(self._request.writer.drain)
 
     @contextmanager
     def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
