@@ -57,15 +57,13 @@ def _machine() -> str:
 
 def _row(figure: Figure) -> str:
     unit, aim, ours = figure.unit, figure.aim, figure.values["proxy"]
-    # The row beside a proxy that logs no calls has that one in the column of the relay.
-    beside = "silent" if "silent" in figure.values else "relay"
     return _line(
         figure.name,
         _amount(figure.median("proxy"), unit),
         f"{_number(min(ours))}–{_number(max(ours))}" if len(ours) > 1 else "",
-        *(_amount(figure.median(server), unit) for server in (beside, "nginx")),
-        *(_times(figure.ratio(server)) for server in (beside, "nginx")),
-        "" if aim is None else f"≤ {aim.under:g} {'× relay' if aim.is_ratio else unit}",
+        *(_amount(figure.median(server), unit) for server in (figure.beside, "nginx")),
+        *(_times(figure.ratio(server)) for server in (figure.beside, "nginx")),
+        "" if aim is None else f"≤ {aim.under:g} {f'× {figure.beside}' if aim.is_ratio else unit}",
         {True: "yes", False: "no", None: ""}[figure.is_met],
     )
 

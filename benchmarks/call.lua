@@ -25,9 +25,10 @@ end
 done = function(summary, latency, requests)
   local errors = summary.errors
   io.write(string.format(
-    '{"calls": %d, "failed": %d, "p50_us": %d, "p99_us": %d}\n',
+    '{"calls": %d, "failed": %d, "refused": %d, "p50_us": %d, "p99_us": %d}\n',
     summary.requests,
-    errors.connect + errors.read + errors.write + errors.status + errors.timeout,
+    errors.connect + errors.read + errors.write + errors.timeout,
+    errors.status,
     latency:percentile(50),
     latency:percentile(99)
   ))

@@ -4,6 +4,7 @@ Each round measures what the proxy is compared with and then the proxy, so other
 """
 
 import asyncio
+import compileall
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,14 +14,14 @@ from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvloop
 
 from benchmarks import servers
 from benchmarks.servers import Server
 from benchmarks.streams import open_streams
-from benchmarks.wrk import short_calls
+from benchmarks.wrk import call_once, short_calls
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ _OPEN_S = 8
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """The upper bound of a figure: a multiple of the relay's, or a number in the figure's unit."""
+    """The upper bound of a figure: a multiple of what it is compared with, or a number in the figure's unit."""
 
     under: float
     is_ratio: bool = False
@@ -53,14 +54,15 @@ class Aim:
 class Figure:
     """One figure: its name and unit, and the values of each round, by the name of the server.
 
-    `values` has "proxy", and of the others those that it is compared with: "relay" (ten lines with aiohttp), "nginx",
-    and "silent" (the proxy without a log of calls).
+    `values` has "proxy", and of the others those that it is compared with: "nginx", and `beside`, which is "relay"
+    (ten lines with aiohttp) if it is not another way to run the proxy.
     """
 
     name: str
     unit: str
     values: Mapping[str, Sequence[float]]
     aim: Aim | None = None
+    beside: str = "relay"
 
     def median(self, server: str) -> float | None:
         """The median of this server's rounds; None if it was not measured."""
@@ -79,7 +81,7 @@ class Figure:
     @property
     def is_met(self) -> bool | None:
         """Whether the aim is met; None if the figure has no aim."""
-        reached = None if self.aim is None else self.ratio("relay") if self.aim.is_ratio else self.median("proxy")
+        reached = None if self.aim is None else self.ratio(self.beside) if self.aim.is_ratio else self.median("proxy")
         return None if reached is None or self.aim is None else reached <= self.aim.under
 
 
@@ -91,10 +93,10 @@ class Kind:
     cost: Callable[[Server], float]
 
 
-def _cost_of_calls(server: Server, *, connections: int, prompt_bytes: int) -> float:
-    """While every connection always has a call in flight."""
+def _cost_of_calls(server: Server, *, connections: int, **more: Any) -> float:
+    """While every connection always has a call in flight. `more` are parameters of `short_calls`."""
     before = server.cpu_us()
-    load = short_calls(server.port, connections=connections, seconds=_CALLS_S, prompt_bytes=prompt_bytes)
+    load = short_calls(server.port, connections=connections, seconds=_CALLS_S, **more)
     return (server.cpu_us() - before) / load.calls
 
 
@@ -117,7 +119,7 @@ def _whole_answers() -> Iterator[Server]:
 
 
 KINDS = {
-    "a short call": Kind(_whole_answers, partial(_cost_of_calls, connections=_CONNECTIONS, prompt_bytes=0)),
+    "a short call": Kind(_whole_answers, partial(_cost_of_calls, connections=_CONNECTIONS)),
     "a prompt of 100 kB": Kind(
         _whole_answers, partial(_cost_of_calls, connections=_LONG_CONNECTIONS, prompt_bytes=_PROMPT_BYTES)
     ),
@@ -139,8 +141,29 @@ def cost_of_a_call() -> list[Figure]:
     beside_silent = {"proxy": found["proxy"], "silent": found.pop("silent")}
     return [
         Figure(f"CPU of a short call, {_CONNECTIONS} connections", "µs", found, Aim(1.5, is_ratio=True)),
-        Figure("the same, beside log: {calls: none}", "µs", beside_silent),
+        Figure("the same, beside log: {calls: none}", "µs", beside_silent, beside="silent"),
     ]
+
+
+def cost_of_a_refusal() -> list[Figure]:
+    """Processor time of a call that a used-up quota refuses, beside one that is admitted."""
+    admitted = partial(_cost_of_calls, connections=_CONNECTIONS)
+    refused = partial(admitted, refused_key=servers.REFUSED_KEY)
+    with _whole_answers() as upstream, proxy_of(upstream) as proxy, proxy_of(upstream) as spent:
+        call_once(spent.port, servers.REFUSED_KEY)
+        costs = {proxy.port: admitted, spent.port: refused}
+        found = in_turn(lambda server: costs[server.port](server), {"call": proxy, "proxy": spent})
+    name = f"CPU of a refusal, {_CONNECTIONS} connections"
+    return [Figure(name, "µs", found, Aim(0.5, is_ratio=True), beside="call")]
+
+
+def cost_of_two_workers() -> list[Figure]:
+    """Processor time of a short call with two workers on one database, beside that with one process."""
+    cost = partial(_cost_of_calls, connections=2 * _CONNECTIONS)
+    with _whole_answers() as upstream, proxy_of(upstream) as one, proxy_of(upstream, workers=2) as two:
+        found = in_turn(cost, {"one": one, "proxy": two})
+    name = f"CPU of a call, 2 workers, {2 * _CONNECTIONS} conn."
+    return [Figure(name, "µs", found, Aim(1.15, is_ratio=True), beside="one")]
 
 
 def cost_of_a_long_prompt() -> list[Figure]:
@@ -221,7 +244,8 @@ def memory_of_streams() -> list[Figure]:
 
 
 def time_to_start() -> list[Figure]:
-    """From the start of the process until the first connection is accepted, with a new database."""
+    """From the start of the process, with compiled modules and a new database, until it accepts a connection."""
+    compileall.compile_dir(servers.HERE / "proxy", quiet=1)
 
     def measure() -> float:
         began = time.monotonic()
@@ -236,6 +260,8 @@ ALL: tuple[Callable[[], list[Figure]], ...] = (
     cost_of_a_call,
     cost_of_a_long_prompt,
     cost_of_a_chunk,
+    cost_of_a_refusal,
+    cost_of_two_workers,
     added_latency,
     memory_of_streams,
     time_to_start,
@@ -251,11 +277,11 @@ def in_turn(measure: Callable[[Server], T], compared: Mapping[str, Server]) -> d
 
 
 @contextmanager
-def proxy_of(upstream: Server, *, source: Path = servers.HERE, logged_calls: str = "all") -> Iterator[Server]:
-    """The proxy with a folder of its own; the parameters are those of `servers.proxy`."""
+def proxy_of(upstream: Server, **more: Any) -> Iterator[Server]:
+    """The proxy with a folder of its own. `more` are parameters of `servers.proxy`."""
     with (
         TemporaryDirectory(prefix="llm-quota-proxy-bench-") as name,
-        servers.proxy(Path(name), upstream, source=source, logged_calls=logged_calls) as server,
+        servers.proxy(Path(name), upstream, **more) as server,
     ):
         yield server
 

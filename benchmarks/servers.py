@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 KEY = "sk-bench-0123456789abcdefghijklmn"
+# That of a user whose quota is used up by one call.
+REFUSED_KEY = "sk-bench-refused-0123456789abcdef"
 # The source of this benchmark: the proxy that is measured if no other one is named.
 HERE = Path(__file__).parent.parent
 _CORES = os.sched_getaffinity(0)
@@ -54,6 +56,9 @@ _FORWARD = """
     }}
 """
 
+# `python -m proxy` as in its image. The library of the log imports rich if it is there: a tool of the tests needs it.
+_PROXY = "import sys; sys.modules['rich'] = None; from proxy.cli import main; main()"
+
 POLICY = """
 server: {{api: "127.0.0.1:{port}", admin: null, shutdown_delay: 0s}}
 database: "sqlite:///{folder}/quotas.db"
@@ -68,8 +73,13 @@ groups:
     quotas:
       daily: {{tokens: 900_000M, requests: 900M, per: day}}
       hourly: {{tokens: 900_000M, requests: 900M, per: 1h}}
+  one_call:
+    quotas:
+      daily: {{tokens: 900_000M, requests: 1, per: day}}
+      hourly: {{tokens: 900_000M, requests: 900M, per: 1h}}
 users:
   alice: {{groups: [staff], keys: ["{key}"]}}
+  bob: {{groups: [one_call], keys: ["{refused_key}"]}}
 """
 
 
@@ -141,17 +151,18 @@ def relay(upstream: Server) -> Iterator[Server]:
 
 @contextmanager
 def proxy(
-    folder: Path, upstream: Server, *, policy: str = POLICY, source: Path = HERE, **values: object
+    folder: Path, upstream: Server, *, policy: str = POLICY, source: Path = HERE, workers: int = 1, **values: object
 ) -> Iterator[Server]:
-    """The proxy in front of `upstream`, as `serve` runs it: one user, two exact quotas that are never used up.
+    """The proxy in front of `upstream`, as `serve` runs it: a user with two exact quotas that are never used up.
 
     Another `policy` is formatted with the same values, and with more of them if they are given. `logged_calls` says
     which calls it logs, into a file: all by default. `source` is the folder with the package `proxy` to run.
     """
     port, config = free_port(), folder / "quotas.yaml"
-    usual = {"port": port, "folder": folder, "upstream": upstream.port, "key": KEY, "logged_calls": "all"}
-    config.write_text(policy.format(**{**usual, **values}))
-    command = [sys.executable, "-m", "proxy", "serve", "--config", str(config)]
+    usual = {"port": port, "folder": folder, "upstream": upstream.port, "logged_calls": "all"}
+    keys = {"key": KEY, "refused_key": REFUSED_KEY}
+    config.write_text(policy.format(**{**usual, **keys, **values}))
+    command = [sys.executable, "-c", _PROXY, "serve", "--config", str(config), "--workers", str(workers)]
     with _running(command, port, is_measured=True, source=source) as server:
         yield server
 

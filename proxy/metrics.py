@@ -4,17 +4,20 @@ The values of labels come only from closed lists: endpoints, outcomes, and the n
 upstreams in the policy. A model name that a client made up is counted as `other`, so a client can't create a time
 series.
 
-A call adds to plain dictionaries (`Counts.new`), which are handed to the library when somebody asks for the metrics.
+A call adds to plain numbers (`Counts.new`, `Observations.new`, `calls_in_flight`), which are handed to the library
+when somebody asks for the metrics.
 
 With several workers, each counts in files of one folder, and the worker that answers `/metrics` adds them up. The
 library decides about that when it is imported, by the environment variable PROMETHEUS_MULTIPROC_DIR, which the parent
-sets for its workers. So workers hand over at the end of each request, see `publish`. What every worker knows alike is
+sets for its workers. So workers hand over when requests have ended, see `publish`. What every worker knows alike is
 not in these files: the one that answers states it (`_Known`).
 """
 
+import asyncio
 import os
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from typing import Generic, Literal, TypeVar
 
@@ -46,9 +49,10 @@ _ANSWER_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 _OWN_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 5, 10, 30)
 _COMMIT_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 2, 5, 10)
 _LAG_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_PUBLISHED_WITHIN_S = 0.1
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-Kind = TypeVar("Kind", Counter, Gauge, Histogram)
+Kind = TypeVar("Kind", Counter, Histogram)
 
 
 class Series(Generic[Kind]):
@@ -58,7 +62,7 @@ class Series(Generic[Kind]):
 
     def __init__(self, metric: Kind) -> None:
         self._metric: Kind = metric
-        self._found: dict[tuple[object, ...], Kind] = {}
+        self._found: dict[tuple[object, ...], Kind] = {(): metric}
 
     def labels(self, *values: object) -> Kind:
         """The series with these values, in the order of the metric's labels.
@@ -90,6 +94,40 @@ class Counts(Series[Counter]):
         self.new.clear()
 
 
+class Observations(Series[Histogram]):
+    """The series of one histogram, with what was observed since the last `flush`, by the values of the labels.
+
+    The library takes only one value at a time, so its buckets are increased here. They are private, and a test says
+    so if another version has others.
+    """
+
+    __slots__ = ("_bounds", "new")
+
+    def __init__(self, metric: Histogram, bounds: Sequence[float]) -> None:
+        super().__init__(metric)
+        self._bounds = bounds
+        # For each series how many values each bucket has got, those above all bounds last, and then their sum.
+        self.new: dict[tuple[object, ...], list[float]] = {}
+
+    def observe(self, value: float, *labels: object) -> None:
+        """Count a value in the series with these labels."""
+        found = self.new.get(labels)
+        if found is None:
+            found = self.new[labels] = [0] * (len(self._bounds) + 2)
+        found[bisect_left(self._bounds, value)] += 1
+        found[-1] += value
+
+    def flush(self) -> None:
+        """Hand to the library what is new."""
+        for values, (*numbers, total) in self.new.items():
+            series = self.labels(*values)
+            series._sum.inc(total)
+            for bucket, number in zip(series._buckets, numbers, strict=True):
+                if number:
+                    bucket.inc(number)
+        self.new.clear()
+
+
 class Metrics:
     """The metrics of one process, in a registry of its own. `folder` is that of all workers, None without workers."""
 
@@ -97,7 +135,8 @@ class Metrics:
         # Without this, each series of a counter or histogram has a second one with the time of its creation.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._folder = folder
-        self._counts: list[Counts] = []
+        self._is_flush_due = False
+        self._counted: list[Counts | Observations] = []
         self._registry = self._exposed = CollectorRegistry()
         if folder is not None:
             # A second registry, which reads the files of all workers and has none of this process's own objects.
@@ -168,7 +207,8 @@ class Metrics:
             "Admitted calls that a quota with enforce: shadow would have refused",
             "quota",
         )
-        self.in_flight = self._gauge(
+        self.calls_in_flight = 0
+        self._in_flight = self._gauge(
             "llm_quota_calls_in_flight", "Calls that are admitted and have not ended", "livesum"
         )
         self.waiting = self._gauge("llm_quota_calls_waiting", "Calls that wait for admission", "livesum")
@@ -221,17 +261,15 @@ class Metrics:
         )
 
     def _add_ledger(self) -> None:
-        self.ledger_batch = Histogram(
+        self.ledger_batch = self._histogram(
             "llm_quota_ledger_batch_operations",
             "Operations that one transaction of the ledger has committed",
-            buckets=_BATCH,
-            registry=self._registry,
+            _BATCH,
         )
-        self.ledger_commit_s = Histogram(
+        self.ledger_commit_s = self._histogram(
             "llm_quota_ledger_commit_seconds",
             "How long one transaction of the ledger took, with its commit",
-            buckets=_COMMIT_S,
-            registry=self._registry,
+            _COMMIT_S,
         )
         self.ledger_failures = self._counter(
             "llm_quota_ledger_failures",
@@ -270,11 +308,10 @@ class Metrics:
             "Lines of the log that were dropped, because its stream is too slow, full or closed",
             registry=self._registry,
         )
-        self.loop_lag_s = Histogram(
+        self.loop_lag_s = self._histogram(
             "llm_quota_event_loop_lag_seconds",
             "How much later than due a timer of the event loop ran, measured four times a second",
-            buckets=_LAG_S,
-            registry=self._registry,
+            _LAG_S,
         )
         self.reload_failed = self._gauge(
             "llm_quota_reload_failed", "1 if the last reload failed because the file is invalid, else 0", "livemax"
@@ -295,11 +332,14 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counts:
         counts = Counts(Counter(name, text, labels, registry=self._registry))
-        self._counts.append(counts)
+        self._counted.append(counts)
         return counts
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Series[Histogram]:
-        return Series(Histogram(name, text, labels, buckets=buckets, registry=self._registry))
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Observations:
+        histogram = Histogram(name, text, labels, buckets=bounds, registry=self._registry)
+        observations = Observations(histogram, bounds)
+        self._counted.append(observations)
+        return observations
 
     def _gauge(self, name: str, text: str, of_workers: OfWorkers, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=of_workers)
@@ -425,9 +465,17 @@ class Metrics:
         self._known.pots, self._known.members = pots or {}, members or {}
 
     def publish(self) -> None:
-        """Show other workers what this one has counted. Does nothing without workers."""
-        if self._folder is not None:
+        """Show other workers what this one has counted. Does nothing without workers.
+
+        At once if no call is in flight, else within 0.1 s, for all calls that end meanwhile: it takes 0.1 ms.
+        """
+        if self._folder is None:
+            return
+        if not self.calls_in_flight:
             self._flush()
+        elif not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_later(_PUBLISHED_WITHIN_S, self._flush)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -435,10 +483,12 @@ class Metrics:
         return generate_latest(self._exposed)
 
     def _flush(self) -> None:
+        self._is_flush_due = False
         self._count_ended()
-        for counts in self._counts:
-            if counts.new:
-                counts.flush()
+        self._in_flight.set(self.calls_in_flight)
+        for counted in self._counted:
+            if counted.new:
+                counted.flush()
 
 
 class _Known(Collector):

@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import getrandbits
+from typing import TYPE_CHECKING
 
 import orjson
 import structlog
@@ -65,14 +66,6 @@ from proxy.ledger.store import Store, StoreUnavailable, shown_url
 from proxy.metrics import Metrics
 from proxy.tasks import Tasks, first_of
 from proxy.upstreams.client import Upstreams
-from proxy.web.admin.access import Access
-from proxy.web.admin.admin_keys import AdminKeys
-from proxy.web.admin.application import Admin
-from proxy.web.admin.counters import Counters
-from proxy.web.admin.directory import Users
-from proxy.web.admin.quotas import Quotas
-from proxy.web.admin.reports import Reports
-from proxy.web.admin.session import Sessions
 from proxy.web.gauges import Gauges
 from proxy.web.health import Health
 from proxy.web.listener import Listener
@@ -80,6 +73,9 @@ from proxy.web.live import Live
 from proxy.web.middleware import Handler
 from proxy.web.request_log import RequestLog
 from proxy.web.routes import Api
+
+if TYPE_CHECKING:
+    from proxy.web.admin.application import Admin
 
 _RELOAD_CHECK_EVERY_S = 1.0
 _ROLLUP_EVERY_S = 10.0
@@ -250,10 +246,9 @@ class Server:
         )
         self._clock = clock
         self._settings = config.settings
-        self._admin = self._admin_listener(store)
+        self._admin = None if self._admin_at is None else self._admin_listener(store)
         self._jobs = Tasks()
         self._listeners: dict[str, Listener] = {}  # by the settings of their addresses
-        self._is_retiring = False
         self._delay_is_over, self._grace_is_over = asyncio.Event(), asyncio.Event()
         self.api: Address | None = None
         self.admin: Address | None = None
@@ -278,6 +273,14 @@ class Server:
             disconnects=disconnects,
             now=now,
         )
+
+    @property
+    def _admin_at(self) -> Address | tuple[int, ...] | None:
+        """Where the admin listener listens.
+
+        A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
+        """
+        return self._inherited.admin or (None if self._inherited.api else self._settings.admin)
 
     @property
     def shutdown_delay_s(self) -> float:
@@ -312,11 +315,9 @@ class Server:
             prefix=settings.prefix,
             serve=self._api.serve,
         )
-        # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
-        admin = inherited.admin or (None if inherited.api else settings.admin)
-        if admin is not None:
+        if self._admin is not None and self._admin_at is not None:
             application = self._admin.application(after_change=self._poll_directory)
-            self.admin = await self._listen(application, admin, setting="server.admin", limits=limits)
+            self.admin = await self._listen(application, self._admin_at, setting="server.admin", limits=limits)
         self._start_jobs()
 
     def _start_jobs(self) -> None:
@@ -342,7 +343,7 @@ class Server:
         Streams of events end: their clients resume at another worker. A stop that follows has no delay.
         Idle connections are not closed now: a client could send a request at the same moment and would get no answer.
         """
-        self._is_retiring = True
+        self.health.closes_connections = True
         self._delay_is_over.set()
         self.live.events.close()
         for listener in self._listeners.values():
@@ -356,7 +357,7 @@ class Server:
         calls, in_flight, started = self._api.calls, self.calls_in_flight, self._api.calls.started
         delay_s = 0.0 if self._delay_is_over.is_set() else delay_s
         log.info("stopping", shutdown_delay_s=delay_s, calls_in_flight=in_flight)
-        self.health.is_stopping = True
+        self.health.is_stopping = self.health.closes_connections = True
         if delay_s:
             await first_of(self._delay_is_over.wait(), timeout_s=delay_s)
         cut_off = await self._stop_api(grace_s)
@@ -413,7 +414,17 @@ class Server:
         await api.cleanup()
         return cut_off
 
-    def _admin_listener(self, store: Store) -> Admin:
+    def _admin_listener(self, store: Store) -> "Admin":
+        # Imported here, because a proxy without this listener does not need their 60 classes.
+        from proxy.web.admin.access import Access
+        from proxy.web.admin.admin_keys import AdminKeys
+        from proxy.web.admin.application import Admin
+        from proxy.web.admin.counters import Counters
+        from proxy.web.admin.directory import Users
+        from proxy.web.admin.quotas import Quotas
+        from proxy.web.admin.reports import Reports
+        from proxy.web.admin.session import Sessions
+
         access = Access(
             self.policies,
             AdminDatabase(store, now=self.ledger.now),
@@ -503,7 +514,7 @@ class Server:
 
     async def _close_after_answer(self, request: web.Request, response: web.StreamResponse) -> None:
         """Close the connection after this answer if the process is stopping or retiring."""
-        if self._is_retiring or self.health.is_stopping:
+        if self.health.closes_connections:
             response.force_close()
             response.headers["connection"] = "close"  # the library sets its headers before it sends this signal
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from proxy.metrics import LEDGER_FAILURES, Metrics, remove_gauges
+from proxy.metrics import _OWN_S, LEDGER_FAILURES, Metrics, remove_gauges
 from tests import exposition
 
 DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -77,7 +78,7 @@ def test_attempts_are_counted_by_upstream() -> None:
 def test_two_sets_of_metrics_in_one_process_are_separate() -> None:
     """Each has a registry of its own, so nothing is registered twice."""
     first, second = Metrics(), Metrics()
-    first.in_flight.inc()
+    first.calls_in_flight += 1
     assert b"llm_quota_calls_in_flight 1.0" in first.exposition()
     assert b"llm_quota_calls_in_flight 0.0" in second.exposition()
 
@@ -121,8 +122,22 @@ def test_no_series_says_when_another_was_created() -> None:
     """They would double the number of series of counters, for nothing that an operator asks."""
     metrics = Metrics()
     metrics.refused("staff/daily", "never", model="fast")
-    metrics.own_s.labels("chat").observe(0.01)
+    metrics.own_s.observe(0.01, "chat")
     assert b"_created" not in metrics.exposition()
+
+
+def test_a_histogram_has_what_the_library_would_have_counted() -> None:
+    """Its buckets are increased by the proxy. A value that is a bound is in the bucket of that bound."""
+    values = [0, 0.001, 0.0010001, 0.5, 29.9, 30, 31, 1e9]
+    metrics, registry = Metrics(), CollectorRegistry()
+    theirs = Histogram("llm_quota_own_seconds", "", ["endpoint"], buckets=_OWN_S, registry=registry)
+    for _ in range(2):  # what was handed over once is not handed over again
+        for number, value in enumerate(values):
+            metrics.own_s.observe(value, "chat" if number % 2 else "embeddings")
+            theirs.labels("chat" if number % 2 else "embeddings").observe(value)
+        expected = exposition.Metrics.of(generate_latest(registry).decode()).series
+        found = {key: value for key, value in read(metrics).series.items() if key in expected}
+        assert found == {key: value for key, value in expected.items() if not key[0].endswith("_created")}
 
 
 def test_what_is_gone_from_the_policy_has_no_gauge() -> None:
@@ -166,9 +181,9 @@ from proxy.metrics import Metrics
 metrics = Metrics(sys.argv[1])
 for endpoint in ("chat", "chat", "embeddings"):
     metrics.ended(endpoint=endpoint, group="staff", model="fast", outcome="complete", would_refuse=())
-metrics.duration_s.labels("chat", "box").observe(float(sys.argv[2]))
+metrics.duration_s.observe(float(sys.argv[2]), "chat", "box")
 metrics.ledger_batch.observe(3)
-metrics.in_flight.inc()
+metrics.calls_in_flight += 1
 metrics.ledger_healthy.set(float(sys.argv[2]) > 1)
 metrics.set_cooldowns(["box", sys.argv[3]], in_cooldown=[sys.argv[3]])
 metrics.set_cooldowns(["box"], in_cooldown=[])

@@ -84,8 +84,6 @@ T = TypeVar("T")
 # Sends the head of a stream to the client.
 Start = Callable[[Call, Reservation], Awaitable[None]]
 
-log = structlog.get_logger("tries")
-
 
 class Candidate:
     """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
@@ -226,6 +224,7 @@ class Dispatcher:
         self.slots = Slots()
         self.durations = DurationEstimate()
         self._usage_options = UsageOptionCache()
+        self._log = structlog.get_logger("tries").bind()  # once, because that takes longer than to skip a line
 
     def set_catalog(self, catalog: Catalog) -> None:
         """Take the numbers of slots from this catalog, also for calls that wait for one."""
@@ -423,7 +422,9 @@ class Dispatcher:
     def _note_usage_option(self, sent: Call) -> None:
         """Remember whether the target has accepted the usage option, or answered only without it, as it was sent."""
         if not sent.adds_usage:
-            log.info("upstream takes no stream_options", upstream=sent.model.upstream.name, model=sent.model_label)
+            self._log.info(
+                "upstream takes no stream_options", upstream=sent.model.upstream.name, model=sent.model_label
+            )
         self._usage_options.note(sent.address, sent.model, is_accepted=sent.adds_usage)
 
     def _full(self) -> UpstreamFull:
@@ -490,14 +491,14 @@ class Dispatcher:
     def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
         name = candidate.upstream.name
         self.metrics.attempts.new[name, outcome] += 1
-        log.debug("attempt", upstream=name, outcome=outcome, request=candidate.call.client.id)
+        self._log.debug("attempt", upstream=name, outcome=outcome, request=candidate.call.client.id)
 
     def _note_failed(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
         self._count_attempt(candidate, outcome)
         name, client = candidate.upstream.name, candidate.call.client
         client.line.mark_failed(name)
         self.cooldowns.last[name] = LastFailure(self._now(), outcome, reason[:_REASON_MAX])
-        log.warning("a try failed", upstream=name, outcome=outcome, request=client.id, reason=reason)
+        self._log.warning("a try failed", upstream=name, outcome=outcome, request=client.id, reason=reason)
 
 
 async def _status_from_body(answer: Answer) -> int:

@@ -132,10 +132,9 @@ class LogLine:
         includes waiting for calls in flight. `own_ms` is the part of the whole time in which no upstream had the
         call, so it includes `waited_ms`. What does not apply is left out. docs/running.md describes each member.
         """
-        ended_s = self.clock()
+        began_s, ended_s = self.began_s, self.clock()
         waited_s = None if self.asked_s is None else (self.decided_s or ended_s) - self.asked_s
-        error = self.error
-        usage = self.usage
+        caller, usage, error = self.caller, self.usage, self.error
         members = {
             "request": self.request_id,
             "client_request": self.client_request,
@@ -143,10 +142,10 @@ class LogLine:
             "endpoint": self.endpoint,
             "status": status,
             "admin": self.admin,
-            "user": self.caller and self.caller.user,
-            "key": self.caller and (self.caller.key.label or self.caller.key.id),
-            "source": self.caller and self.caller.source,
-            "tag": (self.caller and self.caller.tag) or None,
+            "user": caller and caller.user,
+            "key": caller and (caller.key.label or caller.key.id),
+            "source": caller and caller.source,
+            "tag": (caller and caller.tag) or None,
             "group": self.group,
             "model": self.model,
             "stream": self.stream,
@@ -170,15 +169,12 @@ class LogLine:
             "reason": error.reason if isinstance(error, InvalidKey) else None,
             "param": error.param if error and error.param in PARAMETERS else None,
             "retry_after": error and error.headers.get("retry-after"),
-            "address": None if self.caller else self.address,
-            "total_ms": self._ms(ended_s),
-            "admitted_ms": self._ms(self.admitted_s),
+            "address": None if caller else self.address,
+            "total_ms": round(1000 * (ended_s - began_s), 1),
+            "admitted_ms": None if self.admitted_s is None else round(1000 * (self.admitted_s - began_s), 1),
             "waited_ms": None if waited_s is None else round(1000 * waited_s, 1),
-            "first_byte_ms": self._ms(self.first_byte_s),
-            "left_ms": self._ms(self.left_s),
+            "first_byte_ms": None if self.first_byte_s is None else round(1000 * (self.first_byte_s - began_s), 1),
+            "left_ms": None if self.left_s is None else round(1000 * (self.left_s - began_s), 1),
             "own_ms": round(1000 * self.own_s(ended_s), 1),
         }
         return {name: value for name, value in members.items() if value is not None}
-
-    def _ms(self, at_s: float | None) -> float | None:
-        return None if at_s is None else round(1000 * (at_s - self.began_s), 1)

@@ -174,14 +174,14 @@ class Relay:
         call.client.line.mark_admitted(accepted.entry)
         self._durations.began(accepted.entry.id, self._now())
         self._activity.began(call.client.line)
-        self.metrics.in_flight.inc()
+        self.metrics.calls_in_flight += 1
         return Reservation(self._ledger, accepted, binding=call.binding)
 
     def _note_end(self, call: Call, reservation: Reservation) -> None:
         """Note the end of an admitted call: in the log, the metrics, and for whoever watches."""
         line, entry, usage, target = call.client.line, reservation.entry, reservation.charged, reservation.target
         outcome, model = reservation.outcome, call.model_label
-        self.metrics.in_flight.dec()
+        self.metrics.calls_in_flight -= 1
         self._durations.ended(entry.id, self._now())
         line.outcome, line.usage = outcome, usage
         line.held_tokens, line.would_refuse = entry.hold.tokens, entry.would_refuse

@@ -26,8 +26,9 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage, Uses
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Model
-from proxy.policy.quota import Binding, Counter, CounterKey
+from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import is_done_within
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
@@ -131,8 +132,10 @@ class Reservation:
         would take every quota over its limit.
         """
         hold = self.entry.hold.output
-        usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
-        if hold == self.entry.maximum or usage.tokens.output <= hold:
+        if hold == self.entry.maximum:
+            return True
+        usage = await self.usage()
+        if usage.tokens.output <= hold:
             return True
         try:
             return await self._extend(queue, self._held_input(), wait_s=0, least=usage.tokens.output)

@@ -38,11 +38,15 @@ _TOOL_MEMBERS = {
 }
 # Keys of tools that are no spelling of those. Nearly all tools have no others.
 _KEYS_OF_TOOLS = frozenset("type function name description parameters strict input_schema cache_control".split())
+# The fields that may need permission.
+_FIELDS = frozenset(("web_search_options", "service_tier", "store"))
 
 
 def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:
     """Raise InvalidRequest if a call uses something that is not allowed for its model."""
     document = body.document
+    if not body.tools and _FIELDS.isdisjoint(document):
+        return
     for tool in body.tools:
         if not (isinstance(tool, dict) and _KEYS_OF_TOOLS.issuperset(tool)):
             _refuse_other_case(tool)

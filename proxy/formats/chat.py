@@ -75,16 +75,11 @@ class ChatMeter(Meter):
         super().stop_stripping()
         self._stripped_running_usage = None
 
-    @property
-    def input_stated(self) -> int | None:
-        """The tokens of the input, if the upstream has stated that of all prompts."""
-        return None if self._is_partial and self._has_several_prompts else super().input_stated
-
     def _new_ending(self, request: Request) -> Ending:
         return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
 
     def _see_answer(self, answer: JSON) -> None:
-        self._see_usage(answer.get("usage"))
+        self._record(self._read(answer.get("usage")))
         self._see_usages_elsewhere(answer)
         if self._states_first_choice_only:
             self._keep_other_choices(without_usages(answer.get("choices")))
@@ -99,7 +94,8 @@ class ChatMeter(Meter):
             self.uncounted_texts = list(texts_in(choices[1:]))
             self._is_partial = True
             if self._has_several_prompts:  # the stated input is that of the first prompt only
-                self._stated = replace(self._stated, input=None, cached=0)
+                self._set_stated(replace(self._stated, input=None, cached=0))
+                self.input_stated = None
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         raw, choices = event.raw, chunk.get("choices")
@@ -178,7 +174,8 @@ class ChatMeter(Meter):
                 self._record(stated)
             elif stated is not None and 0 <= index < self._choices:
                 before = self._usage_of_choices.get(index, stated)
-                self._is_contradicted = self._is_contradicted or stated.contradicts(before)
+                if stated.contradicts(before):
+                    self._is_contradicted = self._is_doubtful = True
                 self._usage_of_choices[index] = stated.largest(before)
                 if len(self._usage_of_choices) == self._choices:
                     self._record(self._added([*self._usage_of_choices.values()]))

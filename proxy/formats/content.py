@@ -17,7 +17,7 @@ from typing import Any
 from proxy.formats.body import RequestBody, Turns, is_run_by_client
 from proxy.formats.images import base64_start, image_price, image_size, price_by_area
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
-from proxy.formats.strict_json import dump, plain_name, walk
+from proxy.formats.strict_json import dump, plain_name
 from proxy.policy.amounts import TOKENS_MAX
 
 # The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
@@ -64,11 +64,15 @@ _KEY_CHARACTERS_MAX = 40
 _HIDDEN_INPUT_FIELDS = frozenset(
     "conversation web_search_options chat_template mm_processor_kwargs media_io_kwargs".split()
 )
+_FIELDS_WITH_HIDDEN_INPUT = _HIDDEN_INPUT_FIELDS | {"prompt"}
 # Messages, and items of /responses. An id of a tool call is read: some chat templates print it.
 _CONTENT_FIELDS = ("content", "output")
 _MESSAGE_FIELDS_NOT_READ = ("type", "id", "status")
-# Members of messages and items that are no spelling of those.
-_USUAL_MESSAGE_FIELDS = frozenset("role name tool_calls tool_call_id call_id arguments refusal summary phase".split())
+# Members of messages and items that are no other spelling of those.
+_USUAL_MESSAGE_FIELDS = frozenset(
+    "role content output name type id status tool_calls tool_call_id call_id arguments refusal summary phase "
+    "encrypted_content".split()
+)
 # The members of a part that is plain text.
 _KEYS_OF_TEXTS = {"type", "text"}
 # A message without a type and without any of these has nothing but an id: it refers to a stored one.
@@ -153,9 +157,11 @@ def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
             reader.read_turns(turns[name])
         elif name in document:
             reader.read_field(document[name], is_chat=is_chat)
-    # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
-    if body.tools and any(isinstance(tool, dict) and "input_schema" in tool for tool in body.tools):
-        reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
+    if body.tools or not _FIELDS_WITH_HIDDEN_INPUT.isdisjoint(document):
+        reader.has_hidden_input |= _has_hidden_input(body)
+        # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
+        if any(isinstance(tool, dict) and "input_schema" in tool for tool in body.tools):
+            reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
     if not _NOT_PRINTED.issuperset(document):
         for name, value in document.items():
             if name not in _NOT_PRINTED:
@@ -165,7 +171,7 @@ def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
         overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
         opaque_bytes=reader.opaque_bytes,
         media_tokens=reader.media_tokens,
-        has_hidden_input=reader.has_hidden_input or _has_hidden_input(body),
+        has_hidden_input=reader.has_hidden_input,
         images=tuple(reader.images),
     )
 
@@ -251,13 +257,11 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
 def _has_hidden_input(body: RequestBody) -> bool:
     """Whether a field or a tool makes the model read something that the request does not show."""
     document = body.document
-    if not _HIDDEN_INPUT_FIELDS.isdisjoint(document) and any(
-        document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS
-    ):
-        return True
-    if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
-        return True
-    return bool(body.tools) and not all(map(is_run_by_client, body.tools))
+    return (
+        any(document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS)
+        or isinstance(document.get("prompt"), dict)  # a prompt template that is stored at the upstream
+        or not all(map(is_run_by_client, body.tools))
+    )
 
 
 class _PromptReader:
@@ -324,20 +328,23 @@ class _PromptReader:
 
     def add_texts(self, value: object) -> None:
         """Take every string below a value as text, and every integer in a list as one token."""
-        if isinstance(value, str):  # most values are a single text, for which a walk takes twice as long
-            if value:
-                self.texts.append(value)
-            return
-        if not value:
-            return
-        for inner in walk(value, _printed_members):
-            if isinstance(inner, str):
-                if inner:
-                    self.texts.append(inner)
-            elif isinstance(inner, list):
-                self.overhead += _integers_in(inner)
-            elif isinstance(inner, dict):
-                self.texts += [key for key in inner if len(key) > _KEY_CHARACTERS_MAX]
+        pending = [value]
+        while pending:  # not recursive, so no depth overflows the stack
+            value = pending.pop()
+            if isinstance(value, str):
+                if value:
+                    self.texts.append(value)
+            elif isinstance(value, list):
+                self.overhead += _integers_in(value)
+                pending += reversed(value)
+            elif isinstance(value, dict):
+                inside = []
+                for key, inner in value.items():
+                    if len(key) > _KEY_CHARACTERS_MAX:
+                        self.texts.append(key)
+                    if key != "type":
+                        inside.append(inner if key != "arguments" else _as_printed(key, inner))
+                pending += reversed(inside)
 
     def add_media_tokens(self, tokens: int) -> None:
         """Add tokens of something that has no text in the request."""
@@ -364,21 +371,26 @@ class _PromptReader:
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
         self.has_hidden_input = self.has_hidden_input or _refers_to_stored_turn(turn)
         for key, value in turn.items():
-            if key in _CONTENT_FIELDS:
-                if isinstance(value, list):
-                    for part in value:
-                        if type(part) is dict and part.get("type") == "text" and part.keys() == _KEYS_OF_TEXTS:
-                            self.add_texts(part["text"])  # most parts, without a closer look
-                        else:
-                            self._read_part(part)
-                else:
-                    self._read_part(value)
-            elif key == "encrypted_content":
+            if key not in _USUAL_MESSAGE_FIELDS:  # `Content`, which some servers read
+                self.has_hidden_input |= plain_name(key) in _CONTENT_FIELDS
+            if key in _MESSAGE_FIELDS_NOT_READ:
+                continue
+            if key == "encrypted_content":
                 self._add_encoded(value)
-            elif key not in _MESSAGE_FIELDS_NOT_READ:
+            elif type(value) is str:
+                if value:
+                    self.texts.append(value)
+            elif key in _CONTENT_FIELDS:
+                self._read_content(value)
+            else:
                 self.add_texts(_as_printed(key, value))
-                if key not in _USUAL_MESSAGE_FIELDS:  # `Content`, which some servers read
-                    self.has_hidden_input |= plain_name(key) in _CONTENT_FIELDS
+
+    def _read_content(self, content: object) -> None:
+        for part in _as_list(content):
+            if type(part) is dict and part.get("type") == "text" and part.keys() == _KEYS_OF_TEXTS:
+                self.add_texts(part["text"])  # most parts, without a closer look
+            else:
+                self._read_part(part)
 
     def _read_part(self, part: object) -> None:
         kind = _part_type(part) if isinstance(part, dict) else None
@@ -509,10 +521,6 @@ def _refers_to_stored_turn(turn: Mapping[str, Any]) -> bool:
     kind, audio = turn.get("type"), turn.get("audio")
     is_bare = kind is None and _MESSAGE_BODY_FIELDS.isdisjoint(turn)
     return is_bare or kind == "item_reference" or (isinstance(audio, dict) and "id" in audio)
-
-
-def _printed_members(value: dict[str, Any]) -> list[object]:
-    return [_as_printed(key, inner) for key, inner in value.items() if key != "type"]
 
 
 def _as_printed(key: str, value: object) -> object:

@@ -43,9 +43,8 @@ class MediaMeter(Meter):
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         """Record an event of a stream. Each choice has its own last event, with its own usage."""
-        self._see_error(chunk)
         kind = chunk.get("type")
-        self.has_error = self.has_error or kind == "error"
+        self.has_error = self.has_error or kind == "error" or chunk.get("error") is not None
         if kind in _STREAM_ENDS:
             self._completed += 1
             self._add_usage(chunk)
@@ -69,10 +68,10 @@ class MediaMeter(Meter):
         self._unstated += not is_repeated and not self.has_error and not any(usages)
         for stated in usages:
             before = self._stated
-            if stated is None or before is None:
-                self._stated = stated or before
-            else:
-                self._stated = before.largest(stated) if is_repeated else before.plus(stated, adds_input=True)
+            if stated is not None and before is not None:
+                stated = before.largest(stated) if is_repeated else before.plus(stated, adds_input=True)
+            if stated is not None:
+                self._set_stated(stated)
 
     def _stated_by(self, answer: JSON, usage: object) -> Stated | None:
         """What this usage states; None for zeros, which gateways such as LiteLLM write if the vendor states none.

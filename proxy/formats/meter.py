@@ -27,6 +27,7 @@ Each surface has its own meter and its own ending, in a module of its name (`cha
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from proxy.formats.estimate import DEFAULT_ANSWER_TOKENS
@@ -117,23 +118,37 @@ class Meter(ABC):
     of output).
     """
 
-    # An object with more than 30 attributes takes 1.3 kB more. So what few answers need is set when they need it.
+    # Class attributes are the defaults of what few answers need, because more than 30 attributes of an object take
+    # 1.3 kB more than 30.
+    is_at_end = is_over = has_error = False
+    chunk: JSON | None = None
+    response_id: str | None = None
+    input_bound: int | None = None
+    extra_usage: Sequence[str] = ()
+    # The tokens of the input, if the upstream has stated them; 0 if it has stated only a total. Otherwise an input of
+    # 0 is ignored, because no prompt is empty. Some servers write it if they don't count the input, or if they have
+    # read all of it from their cache.
+    input_stated: int | None = None
+    # `output_seen` or more: texts that are not counted yet are taken for as many tokens as they have bytes.
+    output_at_most = 0
+
     _has_separate_cache = False  # whether cached tokens are not included in the input that a usage states
+    _stated: Stated | None = None  # what the upstream has stated so far
+    _output_stated = 0  # the output in it, without the additional one
+    _extra_output = 0  # the output in addition
     _is_partial = False  # the stated usage is of one choice, not of the whole answer
     _is_contradicted = False  # the upstream stated a smaller output than it had stated before
+    _is_doubtful = False  # that, or it states no input: its output is not believed against our own count
+    _tokens_counted = 0  # output tokens by our count, in the whole answer, without the pieces that are kept
+    _counted_since_stated = 0  # the same, since the upstream last stated its usage
+    _pieces_bytes = 0
+    _pieces_stated = 0  # so many pieces came before the upstream last stated its usage
 
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
-        self.is_at_end = False
-        self.is_over = False
-        self.has_error = False
         self.shows_usage = request.asks_for_usage
-        self.chunk: JSON | None = None
-        self.ending = self._new_ending(request)
-        self.response_id: str | None = None
         self.uncounted_texts: list[str] = []
         self.output_bound = DEFAULT_ANSWER_TOKENS * request.choices
-        self.input_bound: int | None = None
-        self.extra_usage: Sequence[str] = ()
+        self._request = request
         self._count = count
         self._uses = request.endpoint.uses
         # Whether its texts can be counted if the upstream states no usage.
@@ -141,14 +156,12 @@ class Meter(ABC):
         self._choices = request.choices
         self._strips_usage = request.adds_usage
         self._generates = request.endpoint.generates
-        self._stated: Stated | None = None
-        self._tokens_counted = 0  # output tokens by our count, in the whole answer, without the pieces that are kept
-        self._counted_since_stated = 0  # the same, since the upstream last stated its usage
         self._pieces: list[str] = []  # texts that are kept: each is one token or more
-        self._pieces_bytes = 0
-        self._pieces_stated = 0  # so many of them came before the upstream last stated its usage
-        # `output_seen` or more: texts that are not counted yet are taken for as many tokens as they have bytes.
-        self.output_at_most = 0
+
+    @cached_property
+    def ending(self) -> Ending:
+        """The ending of the stream; whole answers need none."""
+        return self._new_ending(self._request)
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -167,17 +180,6 @@ class Meter(ABC):
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
         return self.output_seen + counted if self._is_partial else max(self.output_seen, counted + self._extra_output)
-
-    @property
-    def input_stated(self) -> int | None:
-        """The tokens of the input, if the upstream has stated them; 0 if it has stated only a total.
-
-        Otherwise an input of 0 is ignored, because no prompt is empty. Some servers write it if they don't count
-        the input, or if they have read all of it from their cache.
-        """
-        if self._stated is None:
-            return None
-        return self._stated.known_input or (0 if self._stated.is_only_total and self._stated.total else None)
 
     @property
     def counted_and_stated(self) -> tuple[int, int] | None:
@@ -227,7 +229,7 @@ class Meter(ABC):
         if answer is None:
             self._see_other_body(body)
             return
-        self._see_error(answer)
+        self.has_error = answer.get("error") is not None
         self._see_answer(answer)
         if self._counts_text and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
             output = self._output_of(answer)
@@ -251,12 +253,9 @@ class Meter(ABC):
             20 and 30 were stated, then zeros                Exactly(20, 30)
             only zeros were stated, and there is no text     AtLeast(0, 0); the caller adds its count of the input
         """
-        match self._uses:
-            case Uses.NOTHING:
-                return Unspent()
-            case Uses.REQUEST:
-                return Unspent(requests=1)
-        return self._usage_in_tokens()
+        if self._uses is Uses.NOTHING:
+            return Unspent()
+        return Unspent(requests=1) if self._uses is Uses.REQUEST else self._usage_in_tokens()
 
     # What a surface's meter implements.
 
@@ -291,32 +290,16 @@ class Meter(ABC):
             self.uncounted_texts = [*texts_of_body(body)]
 
     def _usage_in_tokens(self) -> Usage:
-        stated, input_tokens = self._stated or Stated(), self.input_stated
+        stated, input_tokens = self._stated, self.input_stated
         output = self.output_seen if self._counts_text else self._output_stated
+        if stated is None:
+            return AtLeast(Tokens(0, output))
         is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_stated
         is_output_stated = stated.known_output == output or not self._counts_text
         if input_tokens is not None and is_whole and is_output_stated:
             return Exactly(stated.tokens())
         input_tokens = input_tokens or 0
         return AtLeast(Tokens(input_tokens, output, min(stated.cached, input_tokens)))
-
-    @property
-    def _output_stated(self) -> int:
-        """The output that the upstream has stated so far, without the additional one; 0 if none."""
-        return 0 if self._stated is None else self._stated.output_without_extra or 0
-
-    @property
-    def _extra_output(self) -> int:
-        """Output that the upstream states in addition."""
-        return 0 if self._stated is None else self._stated.extra
-
-    @property
-    def _is_doubtful(self) -> bool:
-        """Whether the stated output is not believed against our own count: it fell, or comes without an input."""
-        return self._is_contradicted or (self._stated is not None and self._stated.known_input is None)
-
-    def _see_error(self, answer: JSON) -> None:
-        self.has_error = self.has_error or answer.get("error") is not None
 
     def _read(self, usage: object) -> Stated | None:
         """What a usage object of this answer states."""
@@ -346,10 +329,17 @@ class Meter(ABC):
         if self._stated is not None and not self._stated.is_zero:
             self._is_contradicted = self._is_contradicted or stated.contradicts(self._stated)
             stated = self._stated.largest(stated)
-        self._stated = stated
         if output > before or output >= self._counted:
             self._counted_since_stated = 0
             self._pieces_stated = len(self._pieces)
+        self._set_stated(stated)
+
+    def _set_stated(self, stated: Stated) -> None:
+        """Take this for all that the upstream has stated so far."""
+        self._stated, self._extra_output = stated, stated.extra
+        self._output_stated = stated.output_without_extra or 0
+        self.input_stated = stated.known_input or (0 if stated.is_only_total and stated.total else None)
+        self._is_doubtful = self._is_contradicted or stated.known_input is None
         self._bound_output()
 
     def _see_usage(self, usage: object) -> None:

@@ -23,7 +23,7 @@ class RerankMeter(Meter):
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         """Record an event, which no server is known to send."""
-        self._see_error(chunk)
+        self.has_error = self.has_error or chunk.get("error") is not None
         self._see_answer(chunk)
         return event.raw
 

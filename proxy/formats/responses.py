@@ -74,7 +74,7 @@ class ResponsesMeter(Meter):
         return [without_usages(answer.get("choices")), answer.get("output")]
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
-        self._see_error(chunk)
+        self.has_error = self.has_error or chunk.get("error") is not None
         # Clients that go by the name of the event need no type.
         kind, response = chunk.get("type") or event.name, chunk.get("response")
         if isinstance(response, dict):

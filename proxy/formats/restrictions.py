@@ -660,9 +660,12 @@ def form_field_base(name: str) -> str:
 
 def negative_maxima(endpoint: Endpoint, document: Mapping[str, Any]) -> list[str]:
     """The fields of a checked request that bound its answer by a negative number. Few requests have one."""
-    if not endpoint.generates:
-        return []
-    return [name for name in MAXIMUM_FIELDS if type(number := document.get(name)) is int and number < 0]
+    found = []
+    if endpoint.generates:
+        for name in MAXIMUM_FIELDS:
+            if type(number := document.get(name)) is int and number < 0:
+                found.append(name)
+    return found
 
 
 def check_negative_maxima(names: Iterable[str], kind: Kind, *, model: str) -> None:

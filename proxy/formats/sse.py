@@ -156,6 +156,8 @@ def begins_with_event(body: bytes | bytearray) -> bool | None:
     b'{"choices"'        False
     b'\\nda'              None
     """
+    if body[:1] == b"{":  # of almost every whole answer
+        return False
     begin = BEFORE_FIRST_LINE.match(body)
     start = begin.end() if begin else 0
     while not FIRST_LINE.match(body, start):

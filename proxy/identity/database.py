@@ -15,7 +15,6 @@ from typing import Any
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, KeyUse, OwnedKey, User, UserId
@@ -28,6 +27,7 @@ from proxy.ledger.schema import (
     crossings,
     directory,
     identities,
+    insert_of,
     refusals,
     usage_by_day,
     users,
@@ -219,8 +219,7 @@ async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseud
     A roll-up of another process can make the row with this name at the same moment.
     """
     key = ("day", "user_name", "through", "model")
-    of_dialect = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    renamed = of_dialect(usage_by_day).values({**row, "user_name": pseudonym})
+    renamed = insert_of(connection)(usage_by_day).values({**row, "user_name": pseudonym})
     sums = {name: usage_by_day.c[name] + renamed.excluded[name] for name in row if name not in key}
     await connection.execute(renamed.on_conflict_do_update(index_elements=key, set_=sums))
     await connection.execute(sa.delete(usage_by_day).where(*(usage_by_day.c[name] == row[name] for name in key)))

@@ -13,10 +13,9 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.ledger.schema import crossings, feed, refusals, replicas
+from proxy.ledger.schema import crossings, feed, insert_of, refusals, replicas
 from proxy.ledger.store import Store, StoreRefused, StoreUnavailable
 from proxy.policy.quota import CounterKey
 
@@ -174,7 +173,7 @@ class Notices:
 
 def _insert_refusals(connection: AsyncConnection) -> sa.Insert:
     """Inserts refusals. Repeating it after an uncertain commit changes nothing."""
-    insert: sa.Insert = of_dialect(connection)(refusals).on_conflict_do_nothing()
+    insert: sa.Insert = insert_of(connection)(refusals).on_conflict_do_nothing()
     return insert
 
 
@@ -183,7 +182,7 @@ def _put_crossings(connection: AsyncConnection) -> sa.Insert:
 
     The end of a window is moved forward if the window was shortened.
     """
-    put = of_dialect(connection)(crossings)
+    put = insert_of(connection)(crossings)
     new, old = put.excluded, crossings.c
     is_further = sa.or_(new.level > old.level, new.resets_at < old.resets_at)
     upsert: sa.Insert = put.on_conflict_do_update(
@@ -192,8 +191,3 @@ def _put_crossings(connection: AsyncConnection) -> sa.Insert:
         where=sa.or_(new.opened_at > old.opened_at, sa.and_(new.opened_at == old.opened_at, is_further)),
     )
     return upsert
-
-
-def of_dialect(connection: AsyncConnection) -> Callable[[sa.Table], Any]:
-    """The `insert` of the connection's database, which knows ON CONFLICT."""
-    return sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert

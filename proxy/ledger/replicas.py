@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from proxy.ledger.notices import of_dialect
-from proxy.ledger.schema import audit, feed, replicas
+from proxy.ledger.schema import audit, feed, insert_of, replicas
 from proxy.ledger.store import Store
 
 # How long a process's own rows stay in the feed: others read it several times a second.
@@ -52,7 +51,7 @@ class Replicas:
         """Write the status of this process (JSON), and until when it reads the feed; 0: it does not."""
         row = {"owner": self.owner, "at": self._now(), "status": status, "watching_until": watching_until}
         async with self._store.transaction(writes=True) as connection:
-            put = of_dialect(connection)(replicas).values(row)
+            put = insert_of(connection)(replicas).values(row)
             await connection.execute(put.on_conflict_do_update(index_elements=["owner"], set_=row))
 
     async def is_watched(self) -> bool:

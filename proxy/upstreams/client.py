@@ -144,6 +144,7 @@ class Answer:
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
+        await self.wait_for_body()
         beginning = bytearray().join(self._beginning)
         while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
             chunk = await self._next()

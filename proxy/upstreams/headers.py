@@ -193,12 +193,13 @@ def _list_items(headers: Headers, name: str) -> list[str]:
     return [item.strip() for value in headers.getall(name, []) for item in value.split(",")]
 
 
-def header_lines(headers: Mapping[str, str], *, without: Collection[str] = ()) -> bytes:
+def header_lines(headers: Mapping[str, str]) -> bytes:
     """The lines of these headers. Bytes in a client's header that are not UTF-8 are left out.
 
     Raises ValueError if one of them has a control character.
     """
-    lines = [f"{name}: {value}" for name, value in headers.items() if name not in without]
+    lines = list(map(": ".join, headers.items()))
     if CONTROL.search("".join(lines)):
         raise ValueError("a header has a control character")
-    return "\r\n".join([*lines, ""]).encode("utf-8", "ignore")
+    lines.append("")
+    return "\r\n".join(lines).encode("utf-8", "ignore")

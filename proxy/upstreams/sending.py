@@ -99,10 +99,12 @@ class Route:
         target = self._origin + (self._base_path + path or "/")
         if CONTROL.search(target):
             raise ValueError("the address has a control character")
-        own = header_lines({**_DEFAULT_HEADERS, **headers}, without=self._fixed)
+        own = {**_DEFAULT_HEADERS, **headers}
+        for name in self._fixed & own.keys():
+            del own[name]
         # With a length, because some servers read no forms from chunked bodies.
         length = b"Content-Length: %d\r\n\r\n" % body_bytes
-        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, own, length))
+        return b"".join((f"{method} {target} HTTP/1.1\r\n".encode(), self._fixed_lines, header_lines(own), length))
 
     def unreachable(self, reason: str) -> UpstreamError:
         """The error for a call that got no connection."""
@@ -185,6 +187,7 @@ class Exchange:
         self.is_kept = False  # the connection was used before
         self.was_sent = False  # the upstream may have received the call
         self._has_body = has_body  # whether the answer to this method has one
+        self._is_complete = False  # the whole body was read
         self._route = route
         self._connection: Connection | None = None  # None before and after
         self._content: aiohttp.StreamReader | None = None  # None until the head has come
@@ -223,17 +226,21 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
+        if self._is_complete:
+            return b""
         content = self._content
         assert content is not None, "begin() first"
         try:
             self._until = self.first_byte_until or self._loop.time() + self._route.idle_s
             chunk = await content.readany()
             self._until = inf
-            if not chunk and self._connection is not None:
+            if not chunk or (content.at_eof() and not self._is_until_closed):
                 # A body without a length or chunks ends with its connection, but not if that was reset.
-                lost = self._protocol.exception()
-                if self._is_until_closed and not isinstance(lost, aiohttp.ServerDisconnectedError | None):
-                    raise aiohttp.ClientPayloadError("the connection was reset")
+                if self._is_until_closed and self._connection is not None:
+                    lost = self._protocol.exception()
+                    if not isinstance(lost, aiohttp.ServerDisconnectedError | None):
+                        raise aiohttp.ClientPayloadError("the connection was reset")
+                self._is_complete = True
                 self.end()
         except TimeoutError:
             raise self._late("The upstream stopped sending in the middle of its answer.") from None

@@ -40,9 +40,8 @@ class Cors:
         self._origins = frozenset(origins)
 
     def answer_preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a preflight request of an allowed origin; None for any other request."""
-        is_preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        if not is_preflight or self._allowed(request) is None:
+        """The answer to a request with OPTIONS that is a preflight of an allowed origin; None for any other."""
+        if hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers or self._allowed(request) is None:
             return None
         requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
         echoed = [name for name in map(str.strip, requested) if _HEADER_NAME.fullmatch(name)]
@@ -56,18 +55,14 @@ class Cors:
 
         It is a signal handler of `on_response_prepare`: a streamed response is sent before the handler returns it.
         """
-        response.headers.update(self.headers_for(request))
-
-    def headers_for(self, request: web.Request) -> dict[str, str]:
-        """The CORS headers of any response to this request."""
         if not self._origins:
-            return {}
-        # The headers depend on the origin, so a cache must not give this response to a page of another origin.
-        headers: dict[str, str] = {} if "*" in self._origins else {hdrs.VARY: hdrs.ORIGIN}
+            return
+        if "*" not in self._origins:
+            # The headers depend on the origin, so a cache must not give this response to a page of another origin.
+            response.headers[hdrs.VARY] = hdrs.ORIGIN
         if (allowed := self._allowed(request)) is not None:
-            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
-            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
-        return headers
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
 
     def _allowed(self, request: web.Request) -> str | None:
         """The value of Access-Control-Allow-Origin; None if the origin is not allowed or the request has none."""

@@ -15,12 +15,15 @@ HEALTH_PATHS = ("/healthz", "/readyz")
 
 
 class Health:
-    """The handlers of `/healthz` and `/readyz`. Set `is_stopping` to make the process not ready."""
+    """The handlers of `/healthz` and `/readyz`.
+
+    Set `is_stopping` to make the process not ready, and `closes_connections` for each answer to close its connection.
+    """
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot]) -> None:
         self._ledger = ledger
         self._policies = policies
-        self.is_stopping = False
+        self.is_stopping = self.closes_connections = False
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, for an application's router."""

@@ -348,8 +348,6 @@ class Connection(web.RequestHandler):
 
     def note_valid_key(self) -> None:
         """The request that is being handled has a valid key."""
-        if self.has_key:  # then this was noted when the request came
-            return
         self.has_key = True
         for places in self._places:
             places.note_with_key(self)
@@ -533,8 +531,10 @@ class Connection(web.RequestHandler):
 
 def note_valid_key(request: web.Request) -> None:
     """Tell the connection of this request that the request has a valid key."""
-    if isinstance(request.protocol, Connection):  # None if the client has left
-        request.protocol.note_valid_key()
+    connection = request.protocol
+    # One with a valid key noted the request when its head came. It is None if the client has left.
+    if isinstance(connection, Connection) and not connection.has_key:
+        connection.note_valid_key()
 
 
 def when_lost(request: web.Request, notify: Callable[[], object] | None) -> None:

@@ -12,6 +12,7 @@ refuses those that the library accepts.
 
 import re
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 
 import structlog
 from aiohttp import hdrs, web
@@ -22,6 +23,7 @@ from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path, served_instead
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
+from proxy.web.response import WholeAnswer, whole_answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -68,7 +70,7 @@ def validate_request(request: web.Request) -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def response_to(error: Exception, request: web.Request) -> web.Response:
+def response_to(error: Exception, request: web.Request) -> web.Response | WholeAnswer:
     """The response to an exception of the handler, in the shape of the API that was addressed."""
     match error:
         case ProxyError():
@@ -97,7 +99,7 @@ async def not_served(request: web.Request) -> web.StreamResponse:
     raise _not_served(request)
 
 
-def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
+def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response | WholeAnswer:
     """The response for an error, with the request's id if it has one."""
     # `add_server_name` is not called for what the listener answers by itself.
     headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
@@ -111,13 +113,13 @@ def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
         # Anthropic's SDK reads the id from `request-id`, OpenAI's from `x-request-id`.
         headers |= {} if id is None else {"request-id": id}
         body = messages.error_body(error, id)
-    return web.Response(status=error.status, headers=headers, body=dump(body))
+    return whole_answer(request, error.status, headers, dump(body))
 
 
-def json_response(value: object, request: web.Request) -> web.Response:
+def json_response(value: object, request: web.Request) -> web.StreamResponse:
     """A JSON body with status 200."""
     headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID]}
-    return web.Response(headers=headers, body=dump(value))
+    return whole_answer(request, HTTPStatus.OK, headers, dump(value))
 
 
 def _not_served(request: web.Request) -> NotServed:

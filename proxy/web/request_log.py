@@ -108,11 +108,11 @@ class RequestLog:
         if not line.is_call:
             return
         ended_s = self._clock()
-        metrics.own_s.labels(line.endpoint).observe(line.own_s(ended_s))
+        metrics.own_s.observe(line.own_s(ended_s), line.endpoint)
         # An error that comes at once would make an upstream that fails look fast.
         if line.upstream is not None and line.first_byte_s is not None and status < 400:
-            metrics.first_byte_s.labels(line.endpoint, line.upstream).observe(line.first_byte_s - line.began_s)
-            metrics.duration_s.labels(line.endpoint, line.upstream).observe(ended_s - line.began_s)
+            metrics.first_byte_s.observe(line.first_byte_s - line.began_s, line.endpoint, line.upstream)
+            metrics.duration_s.observe(ended_s - line.began_s, line.endpoint, line.upstream)
 
     def _skipped_before(self, line: LogLine) -> int | None:
         """How many requests of this address had no line since the last one; None if this one gets no line either."""

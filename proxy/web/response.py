@@ -9,10 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.helpers import rfc822_formatted_time
 
 from proxy.calls.log_line import LogLine
@@ -26,26 +25,44 @@ _HEARTBEAT_S = 15
 # A line that begins with a colon is a comment (WHATWG, HTML §9.2.6), which every SDK ignores.
 HEARTBEAT = b": keep-alive\n\n"
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 
-class _WholeAnswer(web.StreamResponse):
-    """A whole answer with status 200, on a connection that stays open: head and body are one write.
+def whole_answer(
+    request: web.BaseRequest, status: int, headers: Mapping[str, str], body: bytes
+) -> "web.Response | WholeAnswer":
+    """A response to this request that is sent as a whole. The handler returns it."""
+    if request.version != (1, 1) or request.method == hdrs.METH_HEAD or status in _WITHOUT_BODY:
+        return web.Response(status=status, headers=headers, body=body)
+    return WholeAnswer(status, headers, body)
 
-    The library writes the same bytes, in many more steps.
+
+class WholeAnswer(web.StreamResponse):
+    """A response of HTTP/1.1 whose head and body are one write.
+
+    The library's `Response` writes the same bytes, in many more steps.
     """
 
     _keep_alive = True
 
-    def __init__(self, headers: Mapping[str, str], body: bytes, added: Mapping[str, str]) -> None:
-        super().__init__()
-        own = {"Content-Length": str(len(body)), "Date": rfc822_formatted_time(), "server": SERVER_NAME}
-        self._parts = (b"HTTP/1.1 200 OK\r\n", header_lines({**headers, **own, **added}), b"\r\n", body)
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        super().__init__(status=status, headers=headers)
+        self.body = body
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
+        headers = self.headers
+        headers["Content-Length"], headers["Date"] = str(len(self.body)), rfc822_formatted_time()
+        headers["server"] = SERVER_NAME
+        self._keep_alive = self._keep_alive and request.keep_alive
+        if not self._keep_alive:
+            headers["Connection"] = "close"
+        await request._prepare_hook(self)  # the application's signal `on_response_prepare`
+        line = f"HTTP/1.1 {self.status} {self.reason}\r\n".encode()
+        data = b"".join((line, header_lines(headers), b"\r\n", self.body))
+        self.body = b""  # a connection keeps its last response until the next request
         writer: Any = request.writer
-        await writer.write(b"".join(self._parts), drain=False)
+        await writer.write(data, drain=False)
         await writer.drain()
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -55,8 +72,7 @@ class _WholeAnswer(web.StreamResponse):
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`. `added` are headers that
-    a signal handler of the application adds to other responses.
+    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
     """
 
     def __init__(
@@ -64,7 +80,6 @@ class WebResponder:
         request: web.Request,
         line: LogLine,
         *,
-        added: Mapping[str, str] = _NO_HEADERS,
         write_s: float = _WRITE_S,
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
@@ -76,7 +91,6 @@ class WebResponder:
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None
         self._request = request
-        self._added = added
         self._write_s = write_s
         self._heartbeat_s = heartbeat_s
         self._on_disconnected: Callable[[], object] | None = None
@@ -111,11 +125,7 @@ class WebResponder:
         if self.is_disconnected:
             return
         self.line.mark_first_byte(status)
-        headers, request = {**headers, "x-request-id": self.id}, self._request
-        if status == HTTPStatus.OK and request.version == (1, 1) and request.keep_alive:
-            self.response = _WholeAnswer(headers, body, self._added)
-        else:
-            self.response = web.Response(status=status, headers=headers, body=body)
+        self.response = whole_answer(self._request, status, {**headers, "x-request-id": self.id}, body)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of a streamed answer."""

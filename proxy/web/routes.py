@@ -222,7 +222,9 @@ class Api:
         status = None
         try:
             try:
-                response: web.StreamResponse | None = self._cors.answer_preflight(request)
+                response: web.StreamResponse | None = None
+                if request.method == hdrs.METH_OPTIONS:
+                    response = self._cors.answer_preflight(request)
                 if response is None:
                     self._check(request)
                     response = await handler(request)
@@ -279,10 +281,6 @@ class Api:
             self._running[line.request_id] = _Running(request, line)
         return snapshot, caller
 
-    def _responder(self, request: web.Request) -> WebResponder:
-        added = self._cors.headers_for(request)
-        return WebResponder(request, request[LOG_LINE], added=added, heartbeat_s=self._limits.heartbeat_s)
-
     def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
         """Prepares the call of this request anew if the policy, or a user or key, has changed.
 
@@ -308,7 +306,7 @@ class Api:
         snapshot, caller = await self._identify(request)
         line = request[LOG_LINE]
         line.endpoint = endpoint.name
-        client = self._responder(request)
+        client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
         renew = self._renewal(snapshot, request, client)
         deployment = request.match_info.get("deployment")
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
@@ -351,7 +349,7 @@ class Api:
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
-        client = self._responder(request)
+        client = WebResponder(request, request[LOG_LINE], heartbeat_s=self._limits.heartbeat_s)
         query = StoredResponseQuery(
             path,
             response_id=request.match_info["id"],
@@ -402,7 +400,7 @@ class Api:
             return client.response
         raise line.error or ClientLeft  # without an answer and without an error, the client has disconnected
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
         catalog = snapshot.catalog
         lists = await asyncio.gather(*map(self._model_lists.of, catalog.open_upstreams))
@@ -413,7 +411,7 @@ class Api:
         data = [_model(name, request) for name in names]
         return json_response({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
 
-    async def _model(self, request: web.Request) -> web.Response:
+    async def _model(self, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
         if not can_name(snapshot, caller, name):

@@ -1,5 +1,7 @@
 """The migrations create the tables of `schema.py`, and keep the data of older releases."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
 
@@ -69,19 +71,38 @@ def schema(path):
         return ours, columns, sorted(indexes, key=str)
 
 
-def test_the_migrations_create_exactly_the_tables_of_schema_py(engine, path, tmp_path):
-    """Also WITHOUT ROWID and partial indexes, which alembic's comparison does not see."""
-    run_migrations(engine)
+def test_a_new_file_is_exactly_what_the_migrations_make(engine, path, tmp_path):
+    """Also WITHOUT ROWID and partial indexes, which alembic's comparison does not see, and the rows."""
+    migrate_to(engine, "head")
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    direct_path = tmp_path / "direct.db"
-    direct = sa.create_engine(f"sqlite:///{direct_path}")
-    metadata.create_all(direct)
-    direct.dispose()
-    assert schema(path) == schema(direct_path)
+    new_path = tmp_path / "new.db"
+    new = sa.create_engine(f"sqlite:///{new_path}")
+    run_migrations(new)
+    new.dispose()
+    assert schema(path) == schema(new_path)
+    assert revision_table(path) == revision_table(new_path)
     tables, columns, indexes = schema(path)
     assert [name for name, *_ in tables] == list(columns) == sorted(metadata.tables)
     assert {name for _, name, _ in indexes} >= {"calls_open", "calls_by_user"}
+    assert all(rows(path, name) == rows(new_path, name) for name in (*metadata.tables, "alembic_version"))
+
+
+def revision_table(path):
+    with connected(path) as connection:
+        [(sql,)] = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'alembic_version'")
+        return "".join(sql.split())
+
+
+def test_a_new_file_needs_no_migration(path):
+    """A sidecar makes one at each start, and alembic takes 8 MB."""
+    code = (
+        "import asyncio, sys; from pathlib import Path; from proxy.ledger.sqlite import SqliteStore\n"
+        f"asyncio.run(SqliteStore(Path({str(path)!r})).open())\n"
+        "print(*{'alembic', 'sqlalchemy.dialects.postgresql', 'sqlite3'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1:] == ["sqlite3"]
 
 
 def test_migrating_again_changes_nothing(engine, path):

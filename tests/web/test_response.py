@@ -16,7 +16,7 @@ from proxy.web.cors import Cors
 from proxy.web.listener import Listener
 from proxy.web.middleware import add_server_name
 from proxy.web.request_log import RequestLog
-from proxy.web.response import HEARTBEAT, WebResponder
+from proxy.web.response import HEARTBEAT, WebResponder, WholeAnswer, whole_answer
 from tests.bare_client import bare_client
 from tests.builders import NOON, log_line
 from tests.stage import movable_time, until
@@ -293,15 +293,16 @@ HEADERS = {"content-type": "application/json", "x-ratelimit-remaining-tokens": "
 
 @asynccontextmanager
 async def _answering(body: bytes) -> AsyncIterator[str]:
-    """A server of ours. At `/ours` it answers with a WebResponder, at other paths with the library's response."""
+    """A server of ours. At `/ours` it answers with a whole answer, at other paths with the library's response."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        client = WebResponder(request, log_line("req_1"), added=CORS.headers_for(request))
-        client.send(200, HEADERS, body)
-        assert client.response is not None
+        status, headers = int(request.query.get("status", 200)), {**HEADERS, "x-request-id": "req_1"}
+        response: web.Response | WholeAnswer = web.Response(status=status, headers=headers, body=body)
         if request.path == "/ours":
-            return client.response
-        return web.Response(headers={**HEADERS, "x-request-id": "req_1"}, body=body)
+            response = whole_answer(request, status, headers, body)
+        if "close" in request.query:
+            response.force_close()
+        return response
 
     application = web.Application()
     application.on_response_prepare.extend([add_server_name, CORS.add_headers])
@@ -316,8 +317,8 @@ async def _answering(body: bytes) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-def _ask_for(path: str, *headers: str, version: str = "1.1") -> bytes:
-    return "\r\n".join([f"POST {path} HTTP/{version}", "Host: x", "Content-Length: 0", *headers, "", ""]).encode()
+def _ask_for(path: str, *headers: str, method: str = "POST", version: str = "1.1") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", "Content-Length: 0", *headers, "", ""]).encode()
 
 
 @pytest.mark.parametrize("body", [b'{"id": "1"}', b"", b"x" * 3_000_000, bytearray(b"text")])
@@ -335,23 +336,38 @@ async def test_a_whole_answer_has_the_bytes_that_the_library_would_write(
         assert written[0] == written[1] == written[2]
 
 
-@pytest.mark.parametrize(("version", "headers"), [("1.1", ("Connection: close",)), ("1.0", ())])
-async def test_a_connection_that_is_not_kept_ends_with_its_answer(version: str, headers: tuple[str, ...]) -> None:
-    """The library writes the head then, which says so."""
+@pytest.mark.parametrize(
+    ("method", "query", "version"),
+    [
+        ("POST", "", "1.1"),
+        ("POST", "", "1.0"),
+        ("POST", "?status=404", "1.1"),
+        ("POST", "?status=529", "1.1"),  # which has no phrase
+        ("POST", "?status=204", "1.1"),
+        ("POST", "?status=429&close=1", "1.1"),
+        ("HEAD", "?status=404", "1.1"),
+    ],
+)
+@pytest.mark.parametrize("headers", [(), ("Connection: close", f"Origin: {PAGE}")])
+async def test_an_answer_of_any_kind_has_the_bytes_that_the_library_would_write(
+    method: str, query: str, version: str, headers: tuple[str, ...]
+) -> None:
+    """Also one that closes the connection, and one that has no body by its status, version or method."""
     async with _answering(b"{}") as url:
         written = []
         for path in ("/ours", "/library"):
             async with bare_client(url) as client:
-                client.send(_ask_for(path, *headers, version=version))
+                client.send(_ask_for(path + query, *headers, method=method, version=version))
+                if version == "1.1" and not headers and "close" not in query:
+                    client.send(_ask_for("/library", "Connection: close"))  # the connection is still open
                 written.append(_without_date(await client.reader.read()))
         assert written[0] == written[1]
-        assert written[0].startswith(f"HTTP/{version} 200 OK\r\n".encode())
+        assert written[0].startswith(f"HTTP/{version} ".encode())
 
 
 def _without_date(answer: bytes) -> bytes:
-    """Without the second in which it was written."""
-    answer, found = re.subn(
-        rb"\r\nDate: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n", b"\r\n", answer
-    )
-    assert found == 1, answer
+    """Without the seconds in which it was written."""
+    date = rb"Date: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n"
+    answer, found = re.subn(date, b"", answer)
+    assert found, answer
     return answer
