@@ -330,6 +330,20 @@ async def test_output_beyond_the_maximum_is_held_if_there_is_room(tmp_path: Path
         assert it.reservation.charged == AtLeast(Tokens(INPUT, 2000))
 
 
+async def test_beyond_the_maximum_the_ledger_is_asked_once(tmp_path: Path) -> None:
+    """Until the count says that the upstream has ignored its maximum. From then on all that passes is held."""
+    async with _reserved(tmp_path, Demand(input=100, output_maximum=1500, smallest=1024, initial_hold=1024)) as it:
+        for seen, covered, held in (
+            (1501, 3064, 1565),
+            (3000, 3064, 1565),
+            (3065, 3065 + HOLD_STEP, 3065 + HOLD_STEP),
+        ):
+            it.says("x" * (seen - it.meter.output_seen))
+            if it.reservation.covered < seen:
+                assert await it.grows()
+            assert (it.reservation.covered, it.reservation.entry.hold.output) == (covered, held)
+
+
 async def test_without_room_twice_the_maximum_passes_by_our_count(tmp_path: Path) -> None:
     """The upstream is expected to keep to its maximum by its own count. No more than the hold is charged."""
     demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, initial_hold=1024)
@@ -398,7 +412,7 @@ async def test_the_input_is_counted_before_a_stream_is_ended(tmp_path: Path) -> 
         it.says("x" * 1101)
         assert await it.grows()
         assert it.reservation.entry.hold.input == INPUT
-        assert await it.counter() == (0, 1200)
+        assert await it.counter() == (0, INPUT + 1101 + 64)
 
 
 async def test_the_input_is_counted_before_a_stream_waits_for_calls_in_flight(tmp_path: Path) -> None:
