@@ -28,7 +28,7 @@ import uvloop
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.ledger import Ledger
-from proxy.policy.quota import Binding, BoundQuotas
+from proxy.policy.binding import Binding, BoundQuotas
 from proxy.server import store_of, wall_clock_ms
 from tests.builders import call, exactly, group_quotas, quota
 

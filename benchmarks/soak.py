@@ -25,8 +25,8 @@ from proxy.ledger.entry import CallLabels, call_id_prefix
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.rollup import Rollup
 from proxy.ledger.store import Store
+from proxy.policy.binding import Binding
 from proxy.policy.policy import Keep
-from proxy.policy.quota import Binding
 from proxy.server import repeat, store_of, wall_clock_ms
 from tests.builders import call, exactly, group_quotas, quota
 from tests.postgres import Postgres

@@ -49,6 +49,7 @@ _ANSWER_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 _OWN_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 5, 10, 30)
 _COMMIT_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 2, 5, 10)
 _LAG_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_PUBLISHED_WITHIN_S = 0.1
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Kind = TypeVar("Kind", Counter, Histogram)
@@ -466,11 +467,15 @@ class Metrics:
     def publish(self) -> None:
         """Show other workers what this one has counted. Does nothing without workers.
 
-        Once for all requests that end in the same round of the event loop, because it takes 0.1 ms.
+        At once if no call is in flight, else within 0.1 s, for all calls that end meanwhile: it takes 0.1 ms.
         """
-        if self._folder is not None and not self._is_flush_due:
+        if self._folder is None:
+            return
+        if not self.calls_in_flight:
+            self._flush()
+        elif not self._is_flush_due:
             self._is_flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_later(_PUBLISHED_WITHIN_S, self._flush)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

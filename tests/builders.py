@@ -23,17 +23,15 @@ from proxy.ledger.entry import CallLabels
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy import amounts
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens, Uses
+from proxy.policy.binding import Binding, Combine, GroupQuotas
 from proxy.policy.policy import Group, Policy
 from proxy.policy.quota import (
-    Binding,
-    Combine,
     Counter,
     CounterKey,
     Demand,
     Enforce,
     Globs,
     Grant,
-    GroupQuotas,
     Limit,
     Quota,
     grants_by_quota,

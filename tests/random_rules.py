@@ -5,7 +5,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from proxy.policy.amounts import TOKENS_MAX, Amount, Measure, Uses
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Grant, GroupQuotas, Quota
+from proxy.policy.binding import Binding, GroupQuotas
+from proxy.policy.quota import Counter, CounterKey, Demand, Grant, Quota
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 

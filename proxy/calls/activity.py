@@ -23,7 +23,8 @@ from proxy.ledger.book import Accepted, Refused, Reply
 from proxy.ledger.entry import Entry
 from proxy.ledger.notices import Crossing, RefusalRow
 from proxy.policy.amounts import NO_AMOUNT, Amount
-from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at, user_of
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Quota, counter_at, user_of
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 from proxy.policy.windows import Window
 

@@ -29,9 +29,10 @@ from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.amounts import Measure, Uses
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand
+from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import Headers, idempotency_header, to_upstream

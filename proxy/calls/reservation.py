@@ -26,8 +26,9 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage, Uses
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Model
-from proxy.policy.quota import Binding, Counter, CounterKey
+from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import is_done_within
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the

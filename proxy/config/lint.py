@@ -24,9 +24,10 @@ from proxy.config.suggestions import did_you_mean
 from proxy.formats.kinds import kind_of
 from proxy.formats.pieces import endpoint_by_piece
 from proxy.policy.amounts import Measure, Uses
+from proxy.policy.binding import BoundQuotas
 from proxy.policy.catalog import Catalog, KeyCommand, Model
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
-from proxy.policy.quota import BoundQuotas, Globs, Limit, Quota, sample_name
+from proxy.policy.quota import Globs, Limit, Quota, sample_name
 from proxy.policy.windows import Calendar
 
 Warnings = Iterator[Finding]

@@ -51,7 +51,8 @@ from proxy.config.section import (
 from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.admin import Role
 from proxy.policy.amounts import MEASURES, Measure
-from proxy.policy.quota import Combine, Enforce, Limit
+from proxy.policy.binding import Combine
+from proxy.policy.quota import Enforce, Limit
 
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import FAMILIES, Family
-from proxy.policy.quota import Binding
+from proxy.policy.binding import Binding
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, Use, first_to_refuse, seconds_up
 from proxy.policy.windows import rfc3339
 

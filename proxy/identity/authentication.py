@@ -19,10 +19,10 @@ from proxy.identity.keys import PREFIX, id_of, presented_key
 from proxy.logs import LoggedCalls
 from proxy.policy.admin import Admin
 from proxy.policy.amounts import Uses
+from proxy.policy.binding import BoundQuotas
 from proxy.policy.catalog import Catalog, MatchedName
 from proxy.policy.key import TAG_CHARACTERS_MAX, Key
 from proxy.policy.policy import DEFAULT, EVERYONE, Policy
-from proxy.policy.quota import BoundQuotas
 
 Headers = Collection[tuple[str, str]]
 

@@ -18,10 +18,8 @@ This module is pure: no I/O and no clock.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State
+from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State, is_recordable
 from proxy.policy.admission import (
-    Admitted,
-    Hold,
     HoldIncrease,
     NeedsCount,
     NotAdmitted,
@@ -31,19 +29,23 @@ from proxy.policy.admission import (
     increase_hold,
 )
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Demand, Quota, counter_at
 
 # --------------------------------------------------------------------------------------------------------- operations
 
-# Numbers are checked when an operation is built. A batch holds the operations of up to 256 callers in one
-# transaction: a number that does not fit into the database's 64 bits would fail all of them.
+# Numbers and texts are checked when an operation is built. A batch holds the operations of up to 256 callers in one
+# transaction: a number that does not fit into the database's 64 bits, or a zero byte, would fail all of them.
+#
+# The operations and replies of each call are values, and never changed. They are not declared frozen, because making
+# one would take four times as long.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reserve:
     """Admit a call if its quotas have room. Repeating it with the same `id` returns the entry that is there.
 
-    Raises ValueError for a demand that is negative or above `TOKENS_MAX`.
+    Raises ValueError for a demand that is negative or above `TOKENS_MAX`, and for a label that is not recordable.
     """
 
     id: str
@@ -53,10 +55,12 @@ class Reserve:
     demand: Demand
 
     def __post_init__(self) -> None:
-        if not 0 <= self.demand.input <= TOKENS_MAX or not 0 <= self.demand.output_maximum <= TOKENS_MAX:
-            raise ValueError(
-                f"a demand of {self.demand.input} + {self.demand.output_maximum} tokens is beyond all bounds"
-            )
+        demand, labels = self.demand, self.labels
+        if not 0 <= demand.input <= TOKENS_MAX or not 0 <= demand.output_maximum <= TOKENS_MAX:
+            raise ValueError(f"a demand of {demand.input} + {demand.output_maximum} tokens is beyond all bounds")
+        if not is_recordable(*labels):
+            [text, *_] = (text for text in labels if not is_recordable(text))
+            raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Extend:
             raise ValueError(f"{self.least} tokens at the least are more than the {self.output} asked for")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settle:
     """Charge what a call used, and free the rest of its hold.
 
@@ -142,7 +146,7 @@ Operation = Reserve | Extend | Settle | Release | Expire | Restore
 # ------------------------------------------------------------------------------------------------------------ replies
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Accepted:
     """The entry after the operation, and the counters of its quotas.
 
@@ -194,7 +198,7 @@ class Book:
         self.counters = counters
         self.entries = entries
         self.counters_changed: dict[CounterKey, Counter] = {}
-        self.entries_changed: set[str] = set()
+        self.entries_changed: dict[str, Entry] = {}
         self._now = now
 
     def apply(self, operation: Operation) -> Reply:
@@ -202,10 +206,10 @@ class Book:
         match operation:
             case Reserve():
                 return self._reserve(operation)
-            case Extend():
-                return self._extend(operation)
             case Settle():
                 return self._end(operation, "settled", operation.usage, operation.outcome)
+            case Extend():
+                return self._extend(operation)
             case Release():
                 return self._end(operation, "released", None, operation.outcome)
             case Restore():
@@ -214,42 +218,51 @@ class Book:
                 return self._end(operation, "expired", None, "lost")
 
     def _reserve(self, operation: Reserve) -> Reply:
-        keys = operation.binding.keys()
+        binding, now = operation.binding, self._now
+        keys = binding.keys()
         if entry := self.entries.get(operation.id):
-            return self._accepted(entry, keys)
-        current = current_counters(operation.binding, self.counters, self._now)
-        self._correct_windows(keys, current)
-        decision = decide_on(operation.demand, operation.binding, current, self._now)
-        if isinstance(decision, NeedsCount):
-            return decision
-        if isinstance(decision, NotAdmitted):
-            return Refused(decision, self._counters_of(keys), self._now)
-        entry = _new_entry(operation, decision, self._now)
-        for hold in decision.holds:
-            self._put_counter(hold.key, _with_hold(hold))
-        self._put_entry(entry)
-        return self._accepted(entry, keys)
-
-    def _correct_windows(self, keys: Sequence[CounterKey], current: Sequence[Counter]) -> None:
-        """Store open windows that `counter_at` has shortened, because they ended later than one that opens now.
-
-        The end is stored also if the call is refused. Otherwise it would be computed anew for each call, and would be
-        later each time. Example: `per: year` becomes `6h`. The first call after that is refused at 12:00 until 18:00.
-        Without the stored end, a call that is refused at 13:00 would get the reset time 19:00, and one that is
-        refused at 14:00 would get 20:00.
-        """
+            return Accepted(entry, self._counters_of(keys), decided_at=now)
+        current = current_counters(binding, self.counters, now)
+        # Open windows that `counter_at` has shortened, because they ended later than one that opens now, are stored,
+        # also if the call is refused. Otherwise their end would be computed anew for each call, and would be later
+        # each time. Example: `per: year` becomes `6h`. The first call after that is refused at 12:00 until 18:00.
+        # Without the stored end, a call that is refused at 13:00 would get the reset time 19:00, and one that is
+        # refused at 14:00 would get 20:00.
         for key, counter in zip(keys, current, strict=True):
             stored = self.counters.get(key)
             # A window that has ended is not replaced: a call that is refused must not open the next one.
-            if stored is not None and counter is not stored and counter.is_open:
-                self._put_counter(key, counter)
+            if counter is not stored and stored is not None and counter.is_open:
+                self.counters[key] = self.counters_changed[key] = counter
+        decision = decide_on(operation.demand, binding, current, now)
+        if isinstance(decision, NeedsCount):
+            return decision
+        if isinstance(decision, NotAdmitted):
+            return Refused(decision, self._counters_of(keys), now)
+        held_amounts = []
+        for key, _, counter, amount in decision.holds:
+            self._put_counter(key, counter, counter.used, counter.held + amount)
+            held_amounts.append(HeldAmount(key, counter.window.opened_at, amount))
+        entry = Entry(
+            operation.id,
+            operation.owner,
+            operation.labels,
+            decision.admitted_via,
+            now,
+            decision.hold,
+            decision.maximum,
+            tuple(held_amounts),
+            decision.capped_by.id if decision.capped_by else None,
+            tuple([quota.id for quota in decision.would_refuse]),
+        )
+        self.entries[entry.id] = self.entries_changed[entry.id] = entry
+        return Accepted(entry, self._counters_of(keys), decided_at=now)
 
     def _extend(self, operation: Extend) -> Reply:
         entry = self.entries.get(operation.id)
         if entry is None:
             return Unknown(operation.id)
         if entry.state != "open":
-            return self._accepted(entry, _keys(entry))
+            return self._unchanged(entry)
         # The input is lowered first: what it frees is room for the output of the same call.
         lowered = max(0, entry.hold.input - operation.input)
         held_amounts = self._lower_input(entry.held_amounts, lowered) if lowered else [*entry.held_amounts]
@@ -282,8 +295,8 @@ class Book:
             entry.capped_by,
             entry.would_refuse,
         )
-        self._put_entry(extended)
-        return self._accepted(extended, _keys(extended), verdict=increase.verdict, freed=frozenset(freed))
+        self.entries[extended.id] = self.entries_changed[extended.id] = extended
+        return Accepted(extended, self._counters_of(_keys(extended)), increase.verdict, frozenset(freed), self._now)
 
     def _lower_input(self, held_amounts: Sequence[HeldAmount], tokens: int) -> list[HeldAmount]:
         """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
@@ -309,14 +322,14 @@ class Book:
             if index is not None:
                 held_amounts[index] = self._change_held(held_amounts[index], hold.amount)
             elif hold.amount:  # an increase of 0 must not open the next window
-                self._put_counter(hold.key, _with_hold(hold))
+                self._put_counter(hold.key, hold.counter, hold.counter.used, hold.counter.held + hold.amount)
                 held_amounts.append(HeldAmount(hold.key, opened_at, hold.amount))
 
     def _change_held(self, held: HeldAmount, change: Amount) -> HeldAmount:
         """Raise or lower a held amount, and its counter too, unless that window has closed."""
         if not change:
             return held
-        self._change_counter(held, freed=NO_AMOUNT - change)
+        self._change_counter(held, NO_AMOUNT, NO_AMOUNT - change)
         return HeldAmount(held.key, held.opened_at, held.amount + change)
 
     def _end(
@@ -327,13 +340,13 @@ class Book:
             return Unknown(operation.id)
         is_open = entry.state == "open"
         if not is_open and not (entry.state == "expired" and state == "settled"):
-            return self._accepted(entry, _keys(entry))
+            return self._unchanged(entry)
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
         charge = split_charge(entry.held_amounts, charge_of(usage) if usage is not None else NO_AMOUNT)
         if is_open:
             for held, used in zip(entry.held_amounts, charge, strict=True):
-                self._change_counter(held, used=used, freed=held.amount)
+                self._change_counter(held, used, held.amount)
         else:
             self._correct_charge(entry, charge)
         labels = entry.labels
@@ -341,6 +354,7 @@ class Book:
         ended = Entry(
             entry.id,
             entry.owner,
+            # The address is forgotten.
             CallLabels(
                 *(labels.user, labels.model, labels.endpoint, upstream or labels.upstream, labels.key_id, labels.tag)
             ),
@@ -351,15 +365,15 @@ class Book:
             entry.held_amounts,
             entry.capped_by,
             entry.would_refuse,
-            state=state,
-            ended_at=self._now,
-            usage=usage,
-            outcome=outcome,
-            response_id=operation.response_id if isinstance(operation, Settle) else None,
+            state,
+            self._now,
+            usage,
+            outcome,
+            operation.response_id if isinstance(operation, Settle) else None,
         )
-        self._put_entry(ended)
+        self.entries[ended.id] = self.entries_changed[ended.id] = ended
         keys = _keys(ended)
-        return self._accepted(ended, keys, freed=frozenset(keys) if is_open else frozenset())
+        return Accepted(ended, self._counters_of(keys), Verdict.ALLOW, frozenset(keys if is_open else ()), self._now)
 
     def _correct_charge(self, entry: Entry, charge: Sequence[Amount]) -> None:
         """Add the difference to what an expired call was charged.
@@ -371,20 +385,20 @@ class Book:
         charged = split_charge(entry.held_amounts, charge_of(entry.usage))
         for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
             if not self._was_reset_since_end(entry, held):
-                self._change_counter(held, used=after - before)
+                self._change_counter(held, after - before, NO_AMOUNT)
 
     def _restore(self, operation: Restore) -> Reply:
         entry = operation.entry
         if kept := self.entries.get(entry.id):
-            return self._accepted(kept, _keys(kept))
+            return self._unchanged(kept)
         for held in entry.held_amounts:
             current, lost = self.counters.get(held.key), operation.counters.get(held.key)
             is_open = current is not None and current.is_open and current.window.is_open(self._now)
             if not is_open and lost is not None and lost.window.is_open(self._now):
-                self._put_counter(held.key, Counter(lost.window))
-            self._change_counter(held, freed=NO_AMOUNT - held.amount)
-        self._put_entry(entry)
-        return self._accepted(entry, _keys(entry))
+                self.counters[held.key] = self.counters_changed[held.key] = Counter(lost.window)
+            self._change_counter(held, NO_AMOUNT, NO_AMOUNT - held.amount)
+        self.entries[entry.id] = self.entries_changed[entry.id] = entry
+        return self._unchanged(entry)
 
     def _was_reset_since_end(self, entry: Entry, held: HeldAmount) -> bool:
         """Whether the counter was reset after the call had expired.
@@ -396,7 +410,7 @@ class Book:
         counter = self.counters.get(held.key)
         return entry.ended_at is not None and counter is not None and counter.was_reset_since(entry.ended_at)
 
-    def _change_counter(self, of: HeldAmount, *, used: Amount = NO_AMOUNT, freed: Amount = NO_AMOUNT) -> None:
+    def _change_counter(self, of: HeldAmount, used: Amount, freed: Amount) -> None:
         """Add to what the counter of a held amount has used, and subtract from what it holds."""
         counter = self.counters.get(of.key)
         if counter is None:
@@ -412,7 +426,12 @@ class Book:
             # More can be subtracted than is used if the clock was set back between the end of a call and the reset of
             # its counter: then the charge of an expired call seems to be in the counter still.
             used = used.at_least_0()
-        self._put_counter(of.key, Counter(counter.window, used, counter.held - freed, counter.reset_at))
+        self._put_counter(of.key, counter, used, counter.held - freed)
+
+    def _put_counter(self, key: CounterKey, counter: Counter, used: Amount, held: Amount) -> None:
+        """Put this counter with what is used and held of it now."""
+        changed = Counter(counter.window, used, held, counter.reset_at)
+        self.counters[key] = self.counters_changed[key] = changed
 
     def _counter_of_call(self, key: CounterKey, quota: Quota) -> Counter:
         """The counter for a call in flight, whose rule may be older than the window.
@@ -426,26 +445,17 @@ class Book:
             return counter
         return counter_at(self._now, quota, counter)
 
-    def _accepted(
-        self,
-        entry: Entry,
-        keys: Sequence[CounterKey],
-        *,
-        verdict: Verdict = Verdict.ALLOW,
-        freed: frozenset[CounterKey] = frozenset(),
-    ) -> Accepted:
-        return Accepted(entry, self._counters_of(keys), verdict, freed, self._now)
+    def _unchanged(self, entry: Entry) -> Accepted:
+        """The reply to an operation that changes nothing, or that was the first one of its call."""
+        return Accepted(entry, self._counters_of(_keys(entry)), decided_at=self._now)
 
     def _counters_of(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
-        counters = self.counters
-        return {key: counter for key in keys if (counter := counters.get(key)) is not None}
-
-    def _put_entry(self, entry: Entry) -> None:
-        self.entries[entry.id] = entry
-        self.entries_changed.add(entry.id)
-
-    def _put_counter(self, key: CounterKey, counter: Counter) -> None:
-        self.counters[key] = self.counters_changed[key] = counter
+        found = {}
+        for key in keys:
+            counter = self.counters.get(key)
+            if counter is not None:
+                found[key] = counter
+        return found
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
@@ -455,7 +465,9 @@ def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[A
     the last one the rest. Example: a call holds 100 + 50 tokens of its daily quota, in two windows, and 150 of its
     monthly one. It used 170. The daily windows are charged 100 and 70, the monthly one 170.
     """
-    last = {held.key: index for index, held in enumerate(held_amounts)}
+    last = {}
+    for index, held in enumerate(held_amounts):
+        last[held.key] = index
     if len(last) == len(held_amounts):  # almost always: one window of each counter
         return [charge] * len(held_amounts)
     rests: dict[CounterKey, Amount] = {}
@@ -466,29 +478,6 @@ def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[A
         rests[held.key] = rest - part
         parts.append(part)
     return parts
-
-
-def _new_entry(operation: Reserve, admitted: Admitted, now: int) -> Entry:
-    return Entry(
-        id=operation.id,
-        owner=operation.owner,
-        labels=operation.labels,
-        admitted_via=admitted.admitted_via,
-        reserved_at=now,
-        hold=admitted.hold,
-        maximum=admitted.maximum,
-        held_amounts=tuple(
-            [HeldAmount(hold.key, hold.counter.window.opened_at, hold.amount) for hold in admitted.holds]
-        ),
-        capped_by=admitted.capped_by.id if admitted.capped_by else None,
-        would_refuse=tuple(quota.id for quota in admitted.would_refuse),
-    )
-
-
-def _with_hold(hold: Hold) -> Counter:
-    """The counter of a hold, with the hold added."""
-    counter = hold.counter
-    return Counter(counter.window, counter.used, counter.held + hold.amount, counter.reset_at)
 
 
 def _keys(entry: Entry) -> list[CounterKey]:

@@ -58,15 +58,11 @@ class HeldAmount(NamedTuple):
     amount: Amount
 
 
-@dataclass(frozen=True, slots=True)
-class CallLabels:
+class CallLabels(NamedTuple):
     """Who calls which model, at which endpoint and upstream: the part of an entry that is known before admission.
 
     `key_id` is the id of the key that the call carried, and `tag` a text for reports. `address` is where the call
     comes from; it is forgotten at its end. Each of these may be empty.
-
-    Raises ValueError for a text of more than 512 characters, or with characters that are not printable. Such a text
-    would make the database refuse the whole batch, for example because PostgreSQL stores no zero byte.
     """
 
     user: str
@@ -76,12 +72,6 @@ class CallLabels:
     key_id: str = ""
     tag: str = ""
     address: str = ""
-
-    def __post_init__(self) -> None:
-        texts = (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag, self.address)
-        if not is_recordable(*texts):
-            [text, *_] = (text for text in texts if not is_recordable(text))
-            raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 
 
 @dataclass(slots=True)

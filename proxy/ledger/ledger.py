@@ -29,7 +29,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from operator import attrgetter
 
 import structlog
 
@@ -47,7 +47,7 @@ from proxy.ledger.book import (
     Settle,
     Unknown,
 )
-from proxy.ledger.entry import Entry
+from proxy.ledger.entry import Entry, Outcome
 from proxy.ledger.store import Connection, Store, StoreUnavailable
 from proxy.metrics import LedgerFailure, Metrics
 from proxy.policy.admission import NeedsCount
@@ -68,13 +68,27 @@ _ORPHANS_PER_READ = 1000
 log = structlog.get_logger("ledger")
 
 
-@dataclass(slots=True, eq=False)
-class _Queued:
-    """An operation and the future of its answer. `may_be_committed`: a commit of it had an unknown outcome."""
+# The kinds of operations, in the order in which a batch applies them: no call is refused for tokens that the same
+# batch frees, and an answer that has begun is worth more than one that has not.
+_END, _EXTEND, _RESERVE = range(3)
 
-    operation: Operation
-    answer: "asyncio.Future[Reply]"
-    may_be_committed: bool = False
+
+class _Queued:
+    """An operation of this kind and the future of its answer.
+
+    `may_be_committed`: a commit of it had an unknown outcome.
+    """
+
+    __slots__ = ("answer", "kind", "may_be_committed", "operation")
+
+    def __init__(self, operation: Operation, kind: int, answer: "asyncio.Future[Reply]") -> None:
+        self.operation = operation
+        self.kind = kind
+        self.answer = answer
+        self.may_be_committed = False
+
+
+_kind_of = attrgetter("kind")
 
 
 class Ledger:
@@ -175,13 +189,13 @@ class Ledger:
 
         If the caller is cancelled, what was reserved for it is released.
         """
-        queued = self._enqueue(operation)
+        queued = self._enqueue(operation, _RESERVE)
         timeout = asyncio.get_running_loop().call_later(self._wait_s(), self._time_out, queued)
         try:
             answer = await queued.answer
         except asyncio.CancelledError:
             if not queued.answer.cancelled():  # the answer was set, and then the caller was cancelled before it ran
-                self._enqueue(Release(operation.id, "client_left"))
+                self._enqueue(Release(operation.id, "client_left"), _END)
             raise
         finally:
             timeout.cancel()
@@ -193,7 +207,7 @@ class Ledger:
 
         Raises LedgerUnavailable.
         """
-        answer = await self._enqueue(operation).answer
+        answer = await self._enqueue(operation, _EXTEND).answer
         if not isinstance(answer, Accepted):
             raise LedgerUnavailable  # the entry does not exist, so nothing is held for this call
         return answer
@@ -203,7 +217,7 @@ class Ledger:
 
         Cancelling the future does not take the operation out of the queue.
         """
-        return self._enqueue(operation).answer
+        return self._enqueue(operation, _END).answer
 
     async def expire_orphans(self) -> int:
         """Expire the open calls of dead processes, and return how many there were.
@@ -212,7 +226,7 @@ class Ledger:
         """
         found = 0
         while ids := await self._store.orphans(self.owner, self._now(), limit=_ORPHANS_PER_READ):
-            await asyncio.gather(*(self._enqueue(Expire(call_id)).answer for call_id in ids))
+            await asyncio.gather(*(self._enqueue(Expire(call_id), _END).answer for call_id in ids))
             found += len(ids)
         if found:
             if self._metrics is not None:
@@ -237,7 +251,7 @@ class Ledger:
         # What was read is compared with what is known after it. A call whose reserve was committed by then is in the
         # batch or has been answered, and one that has ended since is not changed by an expire.
         known = {*self._open, *(queued.operation.id for queued in (*self._batch, *self._queue))}
-        expires = [self._enqueue(Expire(call_id)).answer for call_id in ids if call_id not in known]
+        expires = [self._enqueue(Expire(call_id), _END).answer for call_id in ids if call_id not in known]
         replies = await asyncio.gather(*expires)
         lost = sum(isinstance(reply, Accepted) and reply.entry.state == "expired" for reply in replies)
         if lost:
@@ -311,13 +325,13 @@ class Ledger:
         """
         uncommitted = [queued for queued in operations if queued.answer.cancelled() or not queued.answer.done()]
         self._queue.clear()
-        self._uncommitted_ends += sum(_is_end(queued) for queued in uncommitted)
+        self._uncommitted_ends += sum(queued.kind == _END for queued in uncommitted)
         log.error("closing with ends that could not be booked", calls=self._uncommitted_ends)
         for queued in uncommitted:
             self._fail(queued)
 
-    def _enqueue(self, operation: Operation) -> _Queued:
-        queued = _Queued(operation, asyncio.get_running_loop().create_future())
+    def _enqueue(self, operation: Operation, kind: int) -> _Queued:
+        queued = _Queued(operation, kind, asyncio.get_running_loop().create_future())
         if self._loop is None or self._loop.done():
             self._fail(queued)  # no loop runs that could answer it
         else:
@@ -338,10 +352,9 @@ class Ledger:
     def _next_batch(self) -> list[_Queued]:
         """The next operations, in the order in which they are applied: ends, then extends, then reserves.
 
-        So no call is refused for tokens that the same batch frees. Example with a limit of 1,000: the calls A and B
-        hold 500 each. "Reserve 500 for C" and "settle A with 0" are queued, in this order. Applied in this order, C
-        would be busy; applied as sorted here, C is admitted. Extends come before reserves, because an answer that has
-        begun is worth more than one that has not. The sort is stable, so each kind stays in order of arrival.
+        Example with a limit of 1,000: the calls A and B hold 500 each. "Reserve 500 for C" and "settle A with 0" are
+        queued, in this order. Applied in this order, C would be busy; applied as sorted here, C is admitted. The sort
+        is stable, so each kind stays in order of arrival.
 
         A reserve or extend whose caller has given up is left out. If it may have been committed before, it is
         released.
@@ -349,11 +362,12 @@ class Ledger:
         batch: list[_Queued] = []
         for _ in range(min(BATCH_MAX, len(self._queue))):
             queued = self._queue.popleft()
-            if _is_end(queued) or not queued.answer.done():
+            if queued.kind == _END or not queued.answer.done():
                 batch.append(queued)
             elif queued.may_be_committed:
-                self._enqueue(_release_of(queued))
-        return sorted(batch, key=_order_in_batch)
+                self._release(queued)
+        batch.sort(key=_kind_of)
+        return batch
 
     async def _process(self, batch: list[_Queued]) -> None:
         """Have the store apply a batch, and answer its callers."""
@@ -373,10 +387,9 @@ class Ledger:
                 self._metrics.ledger_commit_s.observe(self._committed_at - began_s)
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
-                if not self._restore(queued, answer):
-                    self._answer(queued, answer)
                 if isinstance(answer, Accepted):
                     freed |= answer.freed
+                self._answer(queued, answer)
             if freed:
                 self._on_freed(freed)
             self._on_replies(answers)
@@ -395,7 +408,7 @@ class Ledger:
                 call=queued.operation.id,
                 exc_info=error,
             )
-            if _is_end(queued):
+            if queued.kind == _END:
                 self._open.pop(queued.operation.id, None)  # then the sweep charges it from its reservation
             self._fail(queued)
 
@@ -413,36 +426,41 @@ class Ledger:
         log.warning("the ledger's database can't be used", reason=str(error), operations=len(batch))
         if error.is_uncertain:
             for queued in batch:
-                queued.may_be_committed |= _is_reserve(queued)
+                queued.may_be_committed |= queued.kind == _RESERVE
         self._queue.extendleft(reversed(batch))
         if self._is_closing:
             self._give_up(self._queue)
             return
         await asyncio.sleep(self._retry_s)
 
-    def _restore(self, queued: _Queued, answer: Reply) -> bool:
-        """If the database has lost the reservation of a call in flight, queue it again, and then the operation."""
-        if not isinstance(answer, Unknown) or not isinstance(queued.operation, Extend | Settle):
-            return False
-        lost = self._open.pop(answer.id, None)
-        if lost is None:
-            return False
-        log.warning("the database has lost a reservation, which is put back", call=answer.id)
-        # In front: the caller may have given up this operation, and have queued the end of the call meanwhile.
-        self._queue.appendleft(queued)
-        self._queue.appendleft(_Queued(Restore(lost.entry, lost.counters), queued.answer.get_loop().create_future()))
-        return True
-
     def _answer(self, queued: _Queued, answer: Reply) -> None:
         """Answer a caller. If it has given up and its call was admitted, release the call."""
-        if isinstance(answer, Accepted) and answer.entry.state == "open":
-            self._open[answer.entry.id] = answer
-        elif _is_end(queued):
-            self._open.pop(queued.operation.id, None)
+        operation, accepted = queued.operation, answer if isinstance(answer, Accepted) else None
+        if isinstance(answer, Unknown) and isinstance(operation, Extend | Settle) and operation.id in self._open:
+            self._restore(queued)
+            return
+        if accepted is not None and accepted.entry.state == "open":
+            self._open[operation.id] = accepted
+        elif queued.kind == _END:
+            self._open.pop(operation.id, None)
         if not queued.answer.done():
             queued.answer.set_result(answer)
-        elif _is_reserve(queued) and isinstance(answer, Accepted):
-            self._enqueue(_release_of(queued))
+        elif accepted is not None and queued.kind == _RESERVE:
+            self._release(queued)
+
+    def _restore(self, queued: _Queued) -> None:
+        """Queue the reservation of a call in flight again, which the database has lost, and then the operation."""
+        lost = self._open.pop(queued.operation.id)
+        log.warning("the database has lost a reservation, which is put back", call=lost.entry.id)
+        # In front: the caller may have given up this operation, and have queued the end of the call meanwhile.
+        self._queue.appendleft(queued)
+        restore = Restore(lost.entry, lost.counters)
+        self._queue.appendleft(_Queued(restore, _END, queued.answer.get_loop().create_future()))
+
+    def _release(self, queued: _Queued) -> None:
+        """Release a call that was, or may have been, admitted after its caller was cancelled or refused."""
+        outcome: Outcome = "client_left" if queued.answer.cancelled() else "proxy_broke"
+        self._enqueue(Release(queued.operation.id, outcome), _END)
 
     def _time_out(self, queued: _Queued) -> None:
         """Refuse a call that has waited for `wait_s`.
@@ -519,20 +537,3 @@ class Ledger:
                 "database's; check the time synchronization (NTP) of both",
                 database_ahead_s=offset_ms / 1000,
             )
-
-
-def _is_reserve(queued: _Queued) -> bool:
-    return isinstance(queued.operation, Reserve)
-
-
-def _is_end(queued: _Queued) -> bool:
-    return not isinstance(queued.operation, Reserve | Extend)
-
-
-def _order_in_batch(queued: _Queued) -> int:
-    return 0 if _is_end(queued) else 1 + _is_reserve(queued)
-
-
-def _release_of(queued: _Queued) -> Release:
-    """The release of a call that was admitted after its caller was cancelled or refused."""
-    return Release(queued.operation.id, "client_left" if queued.answer.cancelled() else "proxy_broke")

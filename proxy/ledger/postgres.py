@@ -535,7 +535,7 @@ class _Writer:
 
 async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:
     book = await _load(writer, operations)
-    known = list(book.entries)
+    known = {*book.entries}
     replies = [book.apply(operation) for operation in operations]
     changes = changes_of(book, known)
     if changes.counters or changes.opened or changes.changed:

@@ -4,10 +4,8 @@ What is written here is read back equal, to the last field. The values of a row 
 columns.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -22,7 +20,6 @@ from proxy.policy.amounts import (
     Unspent,
     Usage,
     call_amount,
-    charge_of,
 )
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
@@ -38,8 +35,7 @@ Row = Sequence[Any]
 _WIDTH = len(QUANTITIES)
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """The rows that a batch has to write, sorted by their keys, so that all processes write them in the same order.
 
     `counters` and `opened` have all columns. `changed` has those of CHANGING, and then the id of the call.
@@ -50,29 +46,33 @@ class Changes:
     changed: list[Row]
 
 
-def changes_of(book: Book, known: Iterable[str]) -> Changes:
+def changes_of(book: Book, known: Container[str]) -> Changes:
     """What a batch has changed. `known` are the ids of the calls that were in the database before it."""
-    entries, before, changed = book.entries, set(known), sorted(book.entries_changed)
-    return Changes(
-        counters=[_counter_row(key, book.counters_changed[key]) for key in sorted(book.counters_changed)],
-        opened=[_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before],
-        changed=[(*_changing_columns(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
-    )
+    changes = Changes([], [], [])
+    for key in sorted(book.counters_changed):
+        counter = book.counters_changed[key]
+        window = counter.window
+        changes.counters.append(
+            (*key, window.opened_at, window.resets_at, *counter.used, *counter.held, counter.reset_at)
+        )
+    for call_id in sorted(book.entries_changed):
+        entry = book.entries[call_id]
+        if call_id in known:
+            changes.changed.append(_changed_row(entry))
+        else:
+            changes.opened.append(_opened_row(entry))
+    return changes
 
 
 def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
     """The counters that operations name. The counters that their calls hold already are found in the entries."""
-    return set(chain.from_iterable(map(_keys_of, operations)))
-
-
-def _keys_of(operation: Operation) -> Iterable[CounterKey]:
-    match operation:
-        case Reserve() | Extend():
-            return operation.binding.keys()
-        case Restore():
-            return (held.key for held in operation.entry.held_amounts)
-        case _:
-            return ()
+    keys: set[CounterKey] = set()
+    for operation in operations:
+        if isinstance(operation, Reserve | Extend):
+            keys.update(operation.binding.keys())
+        elif isinstance(operation, Restore):
+            keys.update(held.key for held in operation.entry.held_amounts)
+    return keys
 
 
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
@@ -94,15 +94,11 @@ def names_of(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(orjson.loads(text))
 
 
-def _counter_row(key: CounterKey, counter: Counter) -> Row:
-    return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held, counter.reset_at)
-
-
 def entry_of(row: Row) -> Entry:
     """The entry in a row of `calls`."""
-    entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage_and_end = rest
-    *usage, outcome, _, response_id, key_id, tag, address = usage_and_end
+    entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at = row[:10]
+    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse = row[10:16]
+    outcome, _, response_id, key_id, tag, address = row[22:]
     return Entry(
         id=entry_id,
         owner=owner,
@@ -111,50 +107,46 @@ def entry_of(row: Row) -> Entry:
         reserved_at=reserved_at,
         hold=call_amount(hold_input, hold_output),
         maximum=maximum,
+        # A release with fewer quantities wrote fewer numbers: the missing ones are 0. One with more, which shares the
+        # database while replicas are replaced, wrote more: those are of quantities that this release does not count.
         held_amounts=tuple(
-            HeldAmount((key[0], key[1]), opened_at, _amount_of(numbers))
-            for key, opened_at, numbers in orjson.loads(held_amounts)
+            [
+                HeldAmount((subject, quota_id), opened_at, Amount(*numbers[:_WIDTH]))
+                for (subject, quota_id), opened_at, numbers in orjson.loads(held_amounts)
+            ]
         ),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
         state=state,
         ended_at=ended_at,
-        usage=_usage(*usage),
+        usage=_usage(*row[16:22]),
         outcome=outcome,
         response_id=response_id,
     )
 
 
-def _amount_of(numbers: Sequence[int]) -> Amount:
-    """An amount as `lines` stores it.
-
-    A release with fewer quantities wrote fewer numbers: the missing ones are 0. One with more, which shares the
-    database while replicas are replaced, wrote more: those are of quantities that this release does not count.
-    """
-    return Amount(*numbers[:_WIDTH])
-
-
-def _call_row(entry: Entry) -> Row:
-    labels = entry.labels
-    state, upstream, ended_at, hold_input, hold_output, held_amounts, *rest = _changing_columns(entry)
-    *usage_outcome, response_id, address = rest
+def _opened_row(entry: Entry) -> Row:
+    labels, hold = entry.labels, entry.hold
     return (
-        *(entry.id, entry.owner, state, labels.user, labels.model, labels.endpoint, upstream, entry.admitted_via),
-        *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
-        *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
-        *usage_outcome,
-        *(None, response_id),  # `counted_as` is NULL: the roll-up has not counted it yet
-        *(labels.key_id or None, labels.tag or None, address),
+        *(entry.id, entry.owner, entry.state, labels.user, labels.model, labels.endpoint, labels.upstream),
+        *(entry.admitted_via, entry.reserved_at, entry.ended_at, hold.input, hold.output, entry.maximum),
+        *(_as_json(entry.held_amounts), entry.capped_by, _as_json(entry.would_refuse)),
+        *(*_usage_columns(entry.usage), entry.outcome),
+        None,  # `counted_as`: the roll-up has not counted it yet
+        *(entry.response_id, labels.key_id or None, labels.tag or None, labels.address or None),
     )
 
 
-def _changing_columns(entry: Entry) -> Row:
-    held_amounts = [(held.key, held.opened_at, tuple(held.amount)) for held in entry.held_amounts]
+def _changed_row(entry: Entry) -> Row:
+    labels, hold = entry.labels, entry.hold
     return (
-        *(entry.state, entry.labels.upstream, entry.ended_at),
-        *(entry.hold.input, entry.hold.output, orjson.dumps(held_amounts).decode()),
-        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, entry.labels.address or None),
+        *(entry.state, labels.upstream, entry.ended_at, hold.input, hold.output, _as_json(entry.held_amounts)),
+        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, labels.address or None, entry.id),
     )
+
+
+def _as_json(values: tuple[object, ...]) -> str:
+    return orjson.dumps(values, default=tuple).decode()
 
 
 def _usage(
@@ -173,5 +165,5 @@ def _usage(
 def _usage_columns(usage: Usage | None) -> Row:
     if usage is None:
         return (None,) * 6
-    tokens, requests = usage.tokens, charge_of(usage).requests
+    tokens, requests = usage.tokens, usage.requests if isinstance(usage, Unspent) else 1
     return (tokens.input, tokens.output, tokens.cached, tokens.reasoning, requests, usage.provenance)

@@ -407,7 +407,7 @@ class SqliteStore:
                 # seem to be older than that.
                 now = self._now()
             book = self._load(db, operations, now)
-            known = list(book.entries)
+            known = {*book.entries}
             replies = [book.apply(operation) for operation in operations]
             changes = changes_of(book, known)
             for statement, rows in (
@@ -449,10 +449,12 @@ class SqliteStore:
             self._version = version
         entries, ids = self._calls.take({operation.id for operation in operations})
         if ids:
-            rows = db.execute(self._sql.read_calls, _as_json(ids))
-            entries |= {entry.id: entry for entry in map(entry_of, rows)}
+            for row in db.execute(self._sql.read_calls, _as_json(ids)):
+                entries[row[0]] = entry_of(row)
         keys = keys_of(operations)
-        keys.update(held.key for entry in entries.values() for held in entry.held_amounts)
+        for entry in entries.values():
+            for held in entry.held_amounts:
+                keys.add(held.key)
         counters, missing = self._counters.take(keys)
         if missing:
             counters |= dict.fromkeys(missing)

@@ -13,7 +13,7 @@ What it never does: it does not read YAML (see `config`), know a wire format (se
 `ledger`) or write a response.
 
 Begin with `quota`: what a quota, a grant, a counter and a call's demand are. `windows` says when a window opens and
-resets, `amounts` what is counted and how sure a count is. `admission` decides about one call. `policy` has the
-groups, and finds the quotas that bind their members on a model. `catalog` has the models and their upstreams.
-`status` shows a quota to its user.
+resets, `amounts` what is counted and how sure a count is, `binding` which quotas bind a user and how they are
+combined. `admission` decides about one call. `policy` has the groups, and finds the quotas that bind their members on
+a model. `catalog` has the models and their upstreams. `status` shows a quota to its user.
 """

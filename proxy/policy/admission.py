@@ -34,19 +34,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount, totals_of
-from proxy.policy.quota import (
-    SMALLEST_PART,
-    Alternative,
-    Binding,
-    Counter,
-    CounterKey,
-    Demand,
-    Limit,
-    Quota,
-    Rule,
-    Rules,
-    counter_at,
-)
+from proxy.policy.binding import Alternative, Binding, Rule, Rules
+from proxy.policy.quota import SMALLEST_PART, Counter, CounterKey, Demand, Limit, Quota, counter_at
 
 # An estimated input is the number of its bytes, about four times its tokens in prose. Far from a limit that is good
 # enough, and no text is tokenized. It is counted if the estimate is more than a sixteenth of what is available: with
@@ -102,9 +91,9 @@ class Hold(NamedTuple):
     amount: Amount
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admitted:
-    """The call may be sent.
+    """The call may be sent. It is not declared frozen, because making it would take four times as long.
 
     `hold` is what it holds at first, and `holds` the same for each counter. `maximum` is the longest answer, in
     tokens, that its quotas have room for; None if neither a quota nor the request bounds the answer. `capped_by` is
@@ -171,18 +160,21 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
 
 def current_counters(binding: Binding, counters: Counters, now: int) -> list[Counter]:
     """The counters of a binding at `now`, in the order of its quotas."""
-    return [
-        counter_at(now, quota, counters.get(key)) for quota, key in zip(binding.quotas, binding.keys(), strict=True)
-    ]
+    current = []
+    for quota, key in zip(binding.quotas, binding.keys(), strict=True):
+        current.append(counter_at(now, quota, counters.get(key)))
+    return current
 
 
 def decide_on(
     demand: Demand, binding: Binding, current: Sequence[Counter], now: int
 ) -> Admitted | NotAdmitted | NeedsCount:
     """`decide`, with the counters that `current_counters` found."""
-    raised = binding.at(now)
-    rules = raised.rules(demand.uses)
-    levels = [(counter, totals_of(counter.used), totals_of(counter.held)) for counter in current]
+    raised = binding.at(now) if binding.grants else binding
+    rules = raised.common.rules(demand.uses)
+    levels = []
+    for counter in current:
+        levels.append((counter, totals_of(counter.used), totals_of(counter.held)))
     best = _best_assessment(demand, demand.input, rules, levels)
     if demand.is_estimated and _could_count_help(best, demand, rules, levels):
         return NeedsCount()
@@ -271,20 +263,15 @@ def _assess(alternative: Alternative, demand: Demand, input_tokens: int, levels:
     # A stream that asks for no more than the usual smallest answer holds all of it at once, as elsewhere.
     if smallest < demand.smallest < output and demand.grows:
         initial_hold = min(initial_hold, smallest)
-    for quota, position, is_after, limits, _ in alternative.rules:
-        if is_after:
-            continue
-        used = levels[position][1]
-        for _, measure, _, ceiling, counts_input, counts_output in limits:
-            if counts_output:
-                # The longest answer that fits into what is free of this limit, up to the overdraft.
-                longest = max(0, ceiling - used[measure] - (input_tokens if counts_input else 0))
-                if longest < output:
-                    output, capped_by = longest, quota
+    for quota, position, measure, ceiling, counts_input in alternative.output_limits:
+        # The longest answer that fits into what is free of this limit, up to the overdraft.
+        longest = ceiling - levels[position][1][measure] - (input_tokens if counts_input else 0)
+        if longest < output:
+            output, capped_by = max(0, longest), quota
     hidden_input = demand.hidden_input and _hidden_input_hold(alternative, demand, input_tokens, output, levels)
     hold = call_amount(input_tokens + hidden_input, min(output, initial_hold))
     blocks = _blocks(alternative.rules, levels, input_tokens, smallest, totals_of(hold))
-    verdict = max([block.verdict for block in blocks]) if blocks else Verdict.ALLOW
+    verdict = max(block.verdict for block in blocks) if blocks else Verdict.ALLOW
     return _Assessment(alternative, verdict, output, hold, blocks, capped_by)
 
 
@@ -379,19 +366,18 @@ def _admit(
             would_refuse.append(shadow.rules[0].quota)
         else:
             counting.append(shadow.rules[0])
+    holds = []
+    for quota, position, is_after, limits, _ in counting:
+        if limits:
+            held = hold_of(quota, hold) if is_after else hold
+            holds.append(Hold(keys[position], quota, levels[position][0], held))
     return Admitted(
-        admitted_via=alternative.group,
-        hold=hold,
-        maximum=None if demand.is_unbounded and chosen.capped_by is None else chosen.output,
-        holds=tuple(
-            [
-                Hold(keys[rule.position], rule.quota, levels[rule.position][0], hold_of(rule.quota, hold))
-                for rule in counting
-                if rule.limits
-            ]
-        ),
-        capped_by=chosen.capped_by,
-        would_refuse=tuple(would_refuse),
+        alternative.group,
+        hold,
+        None if demand.is_unbounded and chosen.capped_by is None else chosen.output,
+        tuple(holds),
+        chosen.capped_by,
+        tuple(would_refuse),
     )
 
 

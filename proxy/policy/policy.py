@@ -12,17 +12,9 @@ from typing import Literal
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Uses
+from proxy.policy.binding import BoundQuotas, Combine, GroupQuotas
 from proxy.policy.catalog import Catalog, MatchedName
-from proxy.policy.quota import (
-    ALL_MODELS,
-    BoundQuotas,
-    Combine,
-    Globs,
-    Grants,
-    GroupQuotas,
-    Quota,
-    grants_of_user,
-)
+from proxy.policy.quota import ALL_MODELS, Globs, Grants, Quota, grants_of_user
 
 EVERYONE = "everyone"
 DEFAULT = "default"

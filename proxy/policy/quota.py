@@ -1,27 +1,24 @@
-"""The values that decisions are made of: a quota, its grants, its counter at an instant, a call's demand, a binding.
+"""The values that decisions are made of: a quota, its grants, its counter at an instant, and a call's demand.
 
-`admission` decides with them whether a call is admitted. Pure: no clock, no SQL. Everything here is a value; nothing
-is changed in place.
+`binding` says which quotas bind a user, and `admission` decides with them. Pure: no clock, no SQL. Everything here is
+a value; nothing is changed in place.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal
 
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses
 from proxy.policy.catalog import MatchedName
 from proxy.policy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
-Combine = Literal["any_group", "every_group"]
 CounterKey = tuple[str, str]
 # The smallest answer is at most the smallest limit divided by this. Otherwise a quota of 1,000 tokens would refuse
 # every call that states no maximum.
 SMALLEST_PART = 10
-# For how many sets of groups the same quotas are narrowed once, for keys that are limited to them.
-_NARROWED_MAX = 64
 # What the subject of a user's own counters begins with.
 _USER = "user:"
 
@@ -274,7 +271,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
         return Counter(quota.per.opening(now))
     last = counter.window
     if now < last.resets_at and (counter.is_open or now < last.opened_at):
-        end = quota.per.end(now)
+        end = quota.per.opening(now).resets_at
         if last.resets_at <= end:
             return counter
         return Counter(Window(last.opened_at, end), counter.used, counter.held, counter.reset_at)
@@ -294,6 +291,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
+    It is not declared frozen, for the same reason as `Counter`.
     `output_maximum`, `smallest`, `initial_hold`, `fixed` and `floor` are totals over all choices.
 
     - `uses`: what the call can use at all. It decides which limits bind the call, not the numbers: a chat with
@@ -331,254 +329,3 @@ class Demand:
         500.
         """
         return min(self.smallest, self.fixed + max(self.floor, limit // SMALLEST_PART))
-
-
-@dataclass(frozen=True, slots=True)
-class GroupQuotas:
-    """The quotas of one of a user's groups for one model. No quotas: the group is unlimited for it."""
-
-    group: str
-    quotas: tuple[Quota, ...]
-
-
-class BoundLimit(NamedTuple):
-    """A limit in a decision. `measure` is the position of its number in `totals_of`."""
-
-    limit: Limit
-    measure: int
-    maximum: int
-    ceiling: int
-    counts_input: bool
-    counts_output: bool
-
-
-class Rule(NamedTuple):
-    """A quota in a decision.
-
-    `position` is that of the quota in `CombinedQuotas.quotas`, and of its counter. `limits` are those that bind the
-    call: they count something that it can use. `input_limits` are all that count input.
-    """
-
-    quota: Quota
-    position: int
-    is_after: bool
-    limits: tuple[BoundLimit, ...]
-    input_limits: tuple[BoundLimit, ...]
-
-
-class Alternative(NamedTuple):
-    """Rules that must all have room.
-
-    The `additional` rules are those of other groups, which count the call if they can. `answer_limit` is the smallest
-    limit that an answer must fit into.
-    """
-
-    group: str
-    rules: tuple[Rule, ...]
-    additional: tuple[Rule, ...]
-    answer_limit: int
-
-
-class Rules:
-    """All that decisions on calls of one kind read of the quotas that bind them: it is made once, and is flat.
-
-    `exact` are the quotas with `enforce: exact`, and each of `shadows` is a quota in shadow by itself.
-    """
-
-    __slots__ = ("alternatives", "exact", "shadows")
-
-    def __init__(self, quotas: "CombinedQuotas", uses: Uses) -> None:
-        rules = [_rule(quota, position, uses) for position, quota in enumerate(quotas.quotas)]
-        rule_of = {id(rule.quota): rule for rule in rules}
-        in_groups = [rule_of[id(quota)] for group in quotas.groups for quota in group.quotas]
-        self.alternatives = tuple(
-            _alternative(each.group, [rule_of[id(quota)] for quota in each.quotas], in_groups)
-            for each in quotas.alternatives()
-        )
-        self.exact = tuple(rule for rule in rules if rule.quota.enforce == "exact")
-        self.shadows = tuple(_alternative(quota.group, [rule_of[id(quota)]], ()) for quota in quotas.shadows)
-
-
-def _rule(quota: Quota, position: int, uses: Uses) -> Rule:
-    limits = [
-        BoundLimit(
-            limit,
-            limit.measure.position,
-            limit.maximum,
-            quota.ceiling(limit),
-            limit.measure.counts_input,
-            limit.measure.counts_output,
-        )
-        for limit in quota.limits
-    ]
-    return Rule(
-        quota,
-        position,
-        quota.enforce == "after",
-        tuple(each for each in limits if each.limit.measure in uses.measures),
-        tuple(each for each in limits if each.counts_input),
-    )
-
-
-def _alternative(group: str, rules: Sequence[Rule], in_groups: Iterable[Rule]) -> Alternative:
-    # Shared quotas are never additional. `team` shares 5M tokens among its members: a member whom `staff` can serve
-    # does not use them up for the others.
-    own = {rule.quota.id for rule in rules}
-    additional = tuple(rule for rule in in_groups if rule.quota.id not in own and not rule.quota.shared)
-    return Alternative(
-        group, tuple(rules), additional, min((rule.quota.answer_limit for rule in rules), default=TOKENS_MAX)
-    )
-
-
-class _Common:
-    """What is computed once for quotas that bind together, and is the same for all users whom they bind."""
-
-    __slots__ = ("alternatives", "narrowed", "quotas", "rules")
-
-    def __init__(self, of: "CombinedQuotas") -> None:
-        in_groups = tuple(quota for group in of.groups for quota in group.quotas)
-        self.quotas = of.always + in_groups + of.shadows
-        if of.combine == "every_group" and of.groups:
-            together = GroupQuotas("+".join(group.group for group in of.groups), of.always + in_groups)
-            self.alternatives: tuple[GroupQuotas, ...] = (together,)
-        else:
-            own = tuple(GroupQuotas(group.group, of.always + group.quotas) for group in of.groups)
-            self.alternatives = own or (GroupQuotas("everyone", of.always),)
-        self.rules: dict[Uses, Rules] = {}
-        self.narrowed: dict[tuple[str, ...], Any] = {}  # by the names of the groups
-
-
-@dataclass(frozen=True, slots=True)
-class CombinedQuotas:
-    """Quotas that bind on one model, and how they are combined.
-
-    `always` are the quotas of everyone. `groups` are the users' groups that have an enforced quota for the model or
-    are unlimited for it, in the policy's order. `shadows` are the quotas in shadow: they only count, and never
-    refuse.
-    """
-
-    always: tuple[Quota, ...] = ()
-    groups: tuple[GroupQuotas, ...] = ()
-    shadows: tuple[Quota, ...] = ()
-    combine: Combine = "any_group"
-    _common: _Common | None = field(default=None, init=False, repr=False, compare=False)
-
-    def narrowed(self, groups: Collection[str]) -> Self | None:
-        """The same with these groups alone: what a key binds that is limited to them. None if none of them applies.
-
-        With `every_group` all groups still bind, because a group that is left out would take a limit away.
-        """
-        kept = tuple([group for group in self.groups if group.group in groups])
-        if not kept:
-            return None
-        if self.combine == "every_group":
-            return self
-        narrowed, names = self.common.narrowed, tuple([group.group for group in kept])
-        if names not in narrowed:
-            if len(narrowed) >= _NARROWED_MAX:
-                narrowed.clear()
-            narrowed[names] = replace(self, groups=kept)
-        found: Self = narrowed[names]
-        return found
-
-    @property
-    def common(self) -> _Common:
-        """What is the same for all users whom these quotas bind."""
-        common = self._common
-        if common is None:
-            common = _Common(self)
-            object.__setattr__(self, "_common", common)
-        return common
-
-    @property
-    def quotas(self) -> tuple[Quota, ...]:
-        """All of its quotas, each once."""
-        return self.common.quotas
-
-    def rules(self, uses: Uses) -> Rules:
-        """What decisions on calls that use this read of these quotas."""
-        rules = self.common.rules
-        found = rules.get(uses)
-        if found is None:
-            found = rules[uses] = Rules(self, uses)
-        return found
-
-    def alternatives(self) -> tuple[GroupQuotas, ...]:
-        """The sets of quotas of which one must have room as a whole.
-
-        A user of `staff` (100k a day) and `lab` (200k a day), with a quota of everyone (1M a month):
-
-            any_group      {everyone, staff} or {everyone, lab}     room in one of the two is enough
-            every_group    {everyone, staff, lab}, "staff+lab"      all three must have room
-
-        An unlimited group is a set with the quotas of everyone alone. With `any_group` it admits what the others
-        cannot; with `every_group` it adds nothing, and the other groups still bind.
-        """
-        return self.common.alternatives
-
-
-@dataclass(frozen=True, slots=True)
-class BoundQuotas(CombinedQuotas):
-    """Which quotas bind the users who are in the same groups, on one model.
-
-    `grants` has the grants on these quotas for any user. A policy has none for most quotas, and then it is empty.
-    """
-
-    grants: Grants = field(default_factory=dict, hash=False)
-
-    def for_user(self, name: str) -> "Binding":
-        """The binding of one of these users."""
-        grants = grants_of_user(self.grants, name) if self.grants else {}
-        binding = Binding(self.always, self.groups, self.shadows, self.combine, user=name, grants=grants)
-        object.__setattr__(binding, "_common", self.common)
-        return binding
-
-    def closing(self, is_closed: Callable[[Quota], bool]) -> tuple[Quota, ...]:
-        """The quotas of which `is_closed` says that they refuse every call of a kind, because of limits of 0.
-
-        None if an alternative may admit one.
-        """
-        closed = [[quota for quota in each.quotas if is_closed(quota)] for each in self.alternatives()]
-        return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
-
-
-@dataclass(frozen=True, slots=True)
-class Binding(CombinedQuotas):
-    """Which quotas bind one user on one model: the quotas of the user's groups, and whose counters they are.
-
-    All users of the same groups share the tuples of quotas. Only the name and the grants are each user's own, because
-    a quota counts each member separately unless it is shared. `grants` are by the id of their quota.
-
-    The quotas have the limits of the policy. Decisions and displays go by `at`, which adds the grants.
-    """
-
-    user: str = field(kw_only=True)
-    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=dict, hash=False, kw_only=True)
-    _keys: tuple[CounterKey, ...] | None = field(default=None, init=False, repr=False, compare=False)
-
-    def keys(self) -> tuple[CounterKey, ...]:
-        """The keys of the counters that a decision reads, in the order of `quotas`."""
-        keys = self._keys
-        if keys is None:
-            subject = user_subject(self.user)
-            keys = tuple([quota.shared_key or (subject, quota.id) for quota in self.quotas])
-            object.__setattr__(self, "_keys", keys)
-        return keys
-
-    def at(self, now: int) -> "Binding":
-        """The binding with the limits that are in force at `now` (ms): raised by the grants that run then.
-
-        It has no grants any more, so `at` of it is itself. That of a binding without grants is itself too.
-        """
-        if not self.grants:
-            return self
-        return Binding(
-            self._raised(self.always, now),
-            tuple(GroupQuotas(group.group, self._raised(group.quotas, now)) for group in self.groups),
-            self._raised(self.shadows, now),
-            self.combine,
-            user=self.user,
-        )
-
-    def _raised(self, quotas: tuple[Quota, ...], now: int) -> tuple[Quota, ...]:
-        return tuple(quota.raised(self.grants.get(quota.id, ()), now) for quota in quotas)

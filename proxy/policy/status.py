@@ -13,7 +13,8 @@ from typing import NamedTuple, TypedDict
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import FAMILIES, NO_AMOUNT, Amount, Family, Measure, totals_of
-from proxy.policy.quota import Binding, Counter, CounterKey, Grant, Limit, Quota, counter_at
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import Window, rfc3339
 
 # From this part of a limit on a user is near it, in percent.

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 MS = 1000
@@ -32,8 +32,7 @@ _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _LONGEST_MS = 3660 * _DAY_MS
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """The interval in which a counter counts, in ms: from `opened_at` (included) to `resets_at` (excluded)."""
 
     opened_at: int
@@ -60,10 +59,6 @@ class Duration:
         """The window that a call admitted at `now` opens."""
         return Window(now, now + self.length_ms)
 
-    def end(self, now: int) -> int:
-        """When the window ends that a call admitted at `now` opens."""
-        return now + self.length_ms
-
 
 @dataclass(frozen=True, slots=True)
 class Calendar:
@@ -83,10 +78,6 @@ class Calendar:
             window = self._interval(now)
             object.__setattr__(self, "_last", window)
         return window
-
-    def end(self, now: int) -> int:
-        """When the calendar interval ends that contains `now`."""
-        return self.opening(now).resets_at
 
     def _interval(self, now: int) -> Window:
         if self.text in ("minute", "hour"):

@@ -34,10 +34,11 @@ _MAX_AGE_S = "7200"
 
 
 class Cors:
-    """The CORS headers for pages of the given origins; "*" allows all origins."""
+    """The CORS headers for pages of the given origins; "*" allows all origins. It `is_on` if there are any."""
 
     def __init__(self, origins: Collection[str]) -> None:
         self._origins = frozenset(origins)
+        self.is_on = bool(origins)
 
     def answer_preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a request with OPTIONS that is a preflight of an allowed origin; None for any other."""
@@ -55,18 +56,12 @@ class Cors:
 
         It is a signal handler of `on_response_prepare`: a streamed response is sent before the handler returns it.
         """
-        response.headers.update(self.headers_for(request))
-
-    def headers_for(self, request: web.Request) -> dict[str, str]:
-        """The CORS headers of any response to this request."""
-        if not self._origins:
-            return {}
-        # The headers depend on the origin, so a cache must not give this response to a page of another origin.
-        headers: dict[str, str] = {} if "*" in self._origins else {hdrs.VARY: hdrs.ORIGIN}
+        if "*" not in self._origins:
+            # The headers depend on the origin, so a cache must not give this response to a page of another origin.
+            response.headers[hdrs.VARY] = hdrs.ORIGIN
         if (allowed := self._allowed(request)) is not None:
-            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
-            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
-        return headers
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
 
     def _allowed(self, request: web.Request) -> str | None:
         """The value of Access-Control-Allow-Origin; None if the origin is not allowed or the request has none."""

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -26,11 +25,7 @@ _HEARTBEAT_S = 15
 # A line that begins with a colon is a comment (WHATWG, HTML §9.2.6), which every SDK ignores.
 HEARTBEAT = b": keep-alive\n\n"
 
-# What a signal handler of the application adds to the responses of the library.
-ADDED_HEADERS = web.RequestKey("added_headers", Mapping[str, str])
-
 _WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 def whole_answer(
@@ -57,11 +52,14 @@ class WholeAnswer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
         self._keep_alive = self._keep_alive and request.keep_alive
-        own = {"Content-Length": str(len(self.body)), "Date": rfc822_formatted_time(), "server": SERVER_NAME}
+        self.headers["Content-Length"] = str(len(self.body))
+        self.headers["Date"] = rfc822_formatted_time()
+        self.headers["Server"] = SERVER_NAME
         if not self._keep_alive:
-            own["Connection"] = "close"
-        lines = header_lines({**self.headers, **own, **request.get(ADDED_HEADERS, _NO_HEADERS)})
-        data = b"".join((f"HTTP/1.1 {self.status} {self.reason}\r\n".encode(), lines, b"\r\n", self.body))
+            self.headers["Connection"] = "close"
+        await request._prepare_hook(self)  # the application's signal handlers
+        head = f"HTTP/1.1 {self.status} {self.reason}\r\n".encode()
+        data = b"".join((head, header_lines(self.headers), b"\r\n", self.body))
         self.body = b""  # a connection keeps its last response until the next request
         writer: Any = request.writer
         await writer.write(data, drain=False)

@@ -72,7 +72,7 @@ from proxy.web.middleware import (
 )
 from proxy.web.pages.files import Page
 from proxy.web.request_log import RequestLog
-from proxy.web.response import ADDED_HEADERS, WebResponder
+from proxy.web.response import WebResponder
 from proxy.web.self_service import SelfService, can_name
 
 log = structlog.get_logger("routes")
@@ -170,7 +170,9 @@ class Api:
         """The application, with the paths of `health`. A `Listener` has to serve it with `serve`."""
         self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
         application = web.Application(middlewares=[self._answer_other])
-        application.on_response_prepare.extend([add_server_name, self._cors.add_headers])
+        application.on_response_prepare.append(add_server_name)
+        if self._cors.is_on:
+            application.on_response_prepare.append(self._cors.add_headers)
         application.router.add_routes([*health.routes(), *self._page.routes()])
         for endpoint in METERED:
             handler = partial(self._metered_call, endpoint)
@@ -219,7 +221,6 @@ class Api:
         line.is_served = is_served
         request[LOG_LINE] = line
         request[REQUEST_ID] = line.request_id
-        request[ADDED_HEADERS] = self._cors.headers_for(request)
         status = None
         try:
             try:

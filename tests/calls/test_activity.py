@@ -11,8 +11,9 @@ from proxy.ledger.book import Accepted, Book, Refused, Release, Settle, Unknown
 from proxy.ledger.entry import Outcome
 from proxy.ledger.notices import Crossing
 from proxy.policy.amounts import Amount, Usage
+from proxy.policy.binding import Binding
 from proxy.policy.key import Key
-from proxy.policy.quota import Binding, Counter, CounterKey, Quota
+from proxy.policy.quota import Counter, CounterKey, Quota
 from proxy.policy.windows import Window
 from tests.builders import (
     HOUR,

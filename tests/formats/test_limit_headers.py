@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from proxy.formats.limit_headers import anthropic_limit_headers, go_duration, rate_limit_headers
 from proxy.policy.admission import Admitted, NotAdmitted, decide
 from proxy.policy.amounts import Amount, Measure
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Demand, Limit, Quota
 from proxy.policy.status import QuotaStatus, quota_statuses, seconds_up
 from tests.builders import (
     DAY,

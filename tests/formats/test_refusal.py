@@ -23,8 +23,9 @@ from proxy.formats.refusal import never_fits, refusal
 from proxy.formats.request import parse_request
 from proxy.policy.admission import Admitted, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import Amount
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Model, Upstream
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand
+from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import quota_statuses, seconds_up
 from proxy.policy.windows import Window
 from tests.builders import (

@@ -27,7 +27,8 @@ from proxy.ledger.book import (
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
-from proxy.policy.quota import Binding, Quota
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Quota
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
@@ -251,7 +252,7 @@ def test_a_refused_call_changes_nothing():
     assert isinstance(reply, Refused)
     assert reply.decision.verdict is Verdict.EXHAUSTED
     assert reply.counters == book.counters == before
-    assert (book.entries, book.entries_changed, book.counters_changed) == ({}, set(), {})
+    assert (book.entries, book.entries_changed, book.counters_changed) == ({}, {}, {})
 
 
 def test_a_call_whose_input_must_be_counted_first_changes_nothing():
@@ -1163,12 +1164,13 @@ def test_text_that_a_database_or_a_log_cannot_take_is_rejected(text, index):
     texts = ["ann", "gpt-4o-mini", "chat", "openai"]
     texts[index] = text
     with pytest.raises(ValueError, match="not fit for the ledger"):
-        CallLabels(*texts)
+        replace(reserve("1", binding([DAILY]), call(1)), labels=CallLabels(*texts))
 
 
 def test_names_in_any_language_are_accepted():
     """Also a name of the greatest length, and an empty one."""
-    assert CallLabels("Élodie 李", "a" * 512, "chat", "").user == "Élodie 李"
+    labels = CallLabels("Élodie 李", "a" * 512, "chat", "")
+    assert replace(reserve("1", binding([DAILY]), call(1)), labels=labels).labels.user == "Élodie 李"
 
 
 @pytest.mark.parametrize(

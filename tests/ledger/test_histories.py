@@ -45,18 +45,8 @@ from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import NO_AMOUNT, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
-from proxy.policy.quota import (
-    Binding,
-    Combine,
-    Counter,
-    CounterKey,
-    Enforce,
-    Grant,
-    GroupQuotas,
-    Quota,
-    grants_by_quota,
-    grants_of_user,
-)
+from proxy.policy.binding import Binding, Combine, GroupQuotas
+from proxy.policy.quota import Counter, CounterKey, Enforce, Grant, Quota, grants_by_quota, grants_of_user
 from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers

@@ -555,7 +555,7 @@ def large(number):
     """A call whose row takes most of a page, so that any operation shows that the disk is full."""
     operation = reserve(f"{number:04}", ROOMY, CALL)
     return replace(
-        operation, labels=replace(operation.labels, model="m" * 512, endpoint="e" * 512, upstream="u" * 512)
+        operation, labels=operation.labels._replace(model="m" * 512, endpoint="e" * 512, upstream="u" * 512)
     )
 
 

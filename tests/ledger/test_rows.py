@@ -57,7 +57,7 @@ LABELS = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=512)
 @given(key_id=LABELS, tag=LABELS)
 def test_the_key_and_the_tag_of_a_call_are_read_as_they_were_written(key_id, tag):
     """Empty ones are stored as NULL, as are those of calls of earlier releases."""
-    labels = replace(RESERVED.labels, key_id=key_id, tag=tag)
+    labels = RESERVED.labels._replace(key_id=key_id, tag=tag)
     book = book_after(replace(RESERVED, labels=labels), ENDS[0])
     [opened] = changes_of(book, known=[]).opened
     row = dict(zip(COLUMNS, opened, strict=True))

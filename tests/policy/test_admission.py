@@ -23,7 +23,8 @@ from proxy.policy.admission import (
     increase_hold,
 )
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses
-from proxy.policy.quota import Binding, Counter, Demand, Grant, GroupQuotas, Limit, Quota, counter_at
+from proxy.policy.binding import Binding, GroupQuotas
+from proxy.policy.quota import Counter, Demand, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
 from tests.random_rules import bindings, counters_of, demands

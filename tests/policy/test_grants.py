@@ -15,9 +15,10 @@ from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_head
 from proxy.formats.refusal import refusal
 from proxy.policy.admission import Admitted, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import Uses
+from proxy.policy.binding import Binding
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.policy.policy import Policy
-from proxy.policy.quota import Binding, Grant, Limit, Quota, grants_by_quota
+from proxy.policy.quota import Grant, Limit, Quota, grants_by_quota
 from proxy.policy.status import first_to_refuse, quota_statuses
 from tests.builders import DAY, HOUR, NOON, binding, call, counters, grant, group, instant, policy, quota
 from tests.random_rules import bindings, counters_of, demands

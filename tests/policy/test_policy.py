@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Uses
+from proxy.policy.binding import BoundQuotas, GroupQuotas
 from proxy.policy.catalog import Catalog, Model, Naming, Upstream
 from proxy.policy.policy import _BINDINGS_MAX, Group, Policy
-from proxy.policy.quota import BoundQuotas, Globs, GroupQuotas, Quota
+from proxy.policy.quota import Globs, Quota
 from tests.builders import NOON, call, group, policy, quota
 from tests.random_rules import quota_lists
 

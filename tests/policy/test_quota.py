@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Amount, Measure, Uses, call_amount, totals_of
+from proxy.policy.binding import BoundQuotas
 from proxy.policy.quota import (
-    BoundQuotas,
     Counter,
     Globs,
     Limit,
@@ -366,7 +366,7 @@ def test_a_demand_says_the_least_that_it_takes_and_which_limits_bind_it(demand, 
     """Its input and smallest answer; a limit binds the call if it counts something that the call can use."""
     assert [totals_of(call_amount(demand.input, demand.smallest))[each.position] for each in Measure] == least
     who = binding([quota("staff/all", **dict.fromkeys(Measure, 9))])
-    [alternative] = who.rules(demand.uses).alternatives
+    [alternative] = who.common.rules(demand.uses).alternatives
     [rule] = alternative.rules
     bound = [limit.limit.measure for limit in rule.limits]
     assert [measure in bound for measure in Measure] == is_bound
@@ -377,18 +377,18 @@ def test_rules_are_made_once_for_all_users_of_the_same_groups():
     """And for each use of a call. A key that is limited to groups has rules of its own, which are made once too."""
     bound = BoundQuotas((CALLS,), (group_quotas("staff", DAILY), group_quotas("team", SHARED)))
     ann, bob = bound.for_user("ann"), bound.for_user("bob")
-    assert ann.rules(Uses.INPUT) is bob.rules(Uses.INPUT) is bound.rules(Uses.INPUT)
-    assert ann.rules(Uses.INPUT) is not ann.rules(Uses.OUTPUT)
+    assert ann.common.rules(Uses.INPUT) is bob.common.rules(Uses.INPUT) is bound.common.rules(Uses.INPUT)
+    assert ann.common.rules(Uses.INPUT) is not ann.common.rules(Uses.OUTPUT)
     narrowed = bound.narrowed({"team"})
     assert narrowed is bound.narrowed({"team", "elsewhere"})
-    assert narrowed.for_user("ann").rules(Uses.INPUT) is narrowed.rules(Uses.INPUT)
-    assert [each.group for each in narrowed.rules(Uses.INPUT).alternatives] == ["team"]
+    assert narrowed.for_user("ann").common.rules(Uses.INPUT) is narrowed.common.rules(Uses.INPUT)
+    assert [each.group for each in narrowed.common.rules(Uses.INPUT).alternatives] == ["team"]
     assert ann.keys() is ann.keys()
 
 
 def test_the_number_of_narrowed_quotas_is_bounded(monkeypatch):
     """Whatever groups keys are limited to."""
-    monkeypatch.setattr("proxy.policy.quota._NARROWED_MAX", 2)
+    monkeypatch.setattr("proxy.policy.binding._NARROWED_MAX", 2)
     bound = binding([DAILY], [SHARED], ADMINS)
     sets = [{"staff"}, {"team"}, {"admins"}, {"staff", "team"}]
     narrowed = [bound.narrowed(names) for names in sets]

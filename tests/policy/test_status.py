@@ -11,7 +11,8 @@ from proxy.ledger.book import Accepted, Book, Settle
 from proxy.ledger.entry import Entry
 from proxy.policy.admission import NotAdmitted, decide
 from proxy.policy.amounts import NO_AMOUNT, Amount, Measure
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota
+from proxy.policy.binding import Binding
+from proxy.policy.quota import Counter, CounterKey, Demand, Quota
 from proxy.policy.status import duration_text, quota_statuses
 from proxy.policy.windows import Window
 from tests.builders import (

@@ -33,7 +33,7 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         store = PostgresStore(url)
     await store.open()
     reserves = [reserve(id, WHO, call(10, 20)) for id in ("a", "b", "c", "d")]
-    await store.apply([replace(one, labels=replace(one.labels, tag=f"call-0-{one.id}")) for one in reserves], NOON)
+    await store.apply([replace(one, labels=one.labels._replace(tag=f"call-0-{one.id}")) for one in reserves], NOON)
     await store.apply([Settle("a", exactly(7, 9), "complete"), Release("b"), Expire("c")], NOON + 1)
     yield store, url
     await store.close()
