@@ -56,6 +56,9 @@ _FORWARD = """
     }}
 """
 
+# `python -m proxy` as in its image. The library of the log imports rich if it is there: a tool of the tests needs it.
+_PROXY = "import sys; sys.modules['rich'] = None; from proxy.cli import main; main()"
+
 POLICY = """
 server: {{api: "127.0.0.1:{port}", admin: null, shutdown_delay: 0s}}
 database: "sqlite:///{folder}/quotas.db"
@@ -159,7 +162,7 @@ def proxy(
     usual = {"port": port, "folder": folder, "upstream": upstream.port, "logged_calls": "all"}
     keys = {"key": KEY, "refused_key": REFUSED_KEY}
     config.write_text(policy.format(**{**usual, **keys, **values}))
-    command = [sys.executable, "-m", "proxy", "serve", "--config", str(config), "--workers", str(workers)]
+    command = [sys.executable, "-c", _PROXY, "serve", "--config", str(config), "--workers", str(workers)]
     with _running(command, port, is_measured=True, source=source) as server:
         yield server
 

@@ -76,6 +76,12 @@ class Responder(Protocol):
     async def write(self, data: bytes) -> None:
         """Send a part of a streamed answer. Waits while the client reads slowly."""
 
+    def write_now(self, data: bytes) -> bool:
+        """The same without a wait. Returns whether the client keeps up."""
+
+    async def drain(self) -> None:
+        """Wait while the client reads slowly."""
+
     def heartbeat(self, is_between_events: Callable[[], bool]) -> AbstractContextManager[None]:
         """Within the block, send an SSE comment when nothing was sent for a while and `is_between_events()`."""
 

@@ -305,10 +305,16 @@ class Relay:
         stream = Stream(reservation.meter, mask=answer.mask)
         await self._start_stream(call, reservation, answer)
         await reservation.ready_to_count()
+
+        def forward(chunk: bytes) -> bool:
+            """Send what may pass of it. Returns whether more may be taken at once."""
+            keeps_up = client.write_now(stream.feed(chunk, covered=reservation.covered))
+            return keeps_up and not (stream.is_waiting_for_hold or stream.is_over)
+
         try:
             with client.heartbeat(lambda: stream.is_between_events):
-                while chunk := await answer.next_chunk():
-                    await client.write(stream.feed(chunk, covered=reservation.covered))
+                while await answer.pass_on(forward):
+                    await client.drain()
                     while stream.is_waiting_for_hold:
                         if not await reservation.grow(
                             self._queue, wait_s=call.extend_wait_s, is_disconnected=lambda: client.is_disconnected

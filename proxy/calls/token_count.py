@@ -56,11 +56,9 @@ class TokenCount:
         if previous is not None:
             prompt = with_previous(prompt, _total_tokens(previous, model))
         self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)
-        self.unstated_price: int | None = None
-        self.should_state_tokens = False
-        if request.endpoint.by_piece:
-            self.unstated_price = price_of(request, model) or None
-            self.should_state_tokens = states_tokens(request, model) is True
+        is_by_piece = request.endpoint.by_piece
+        self.unstated_price = (price_of(request, model) or None) if is_by_piece else None
+        self.should_state_tokens = is_by_piece and states_tokens(request, model) is True
         self._tokenizers = tokenizers
         self._model = model
         self._prompt = prompt

@@ -59,8 +59,6 @@ class ChatMeter(Meter):
     removed or put back, so that the client gets what it would have got otherwise.
     """
 
-    # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
-    _finish_chunk: tuple[bytes, JSON] | None = None
     _usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
     _has_finish = False  # one of several choices has finished since the last of these usage chunks
 
@@ -69,40 +67,13 @@ class ChatMeter(Meter):
         running_usage = kind_of(kind).running_usage
         self._states_first_choice_only = kind_of(kind).states_first_choice_only
         self._stripped_running_usage = running_usage if kind in request.adds_running_usage else None
-        self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts
         self._usage_of_choices: dict[int, Stated] = {}  # the usages inside choices, by the index of the choice
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on, and move no timings."""
         super().stop_stripping()
-        self._stripped_running_usage, self._moves_timings = None, False
-
-    def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
-        """Measure one event and return the bytes for the client; a finish chunk may be kept for one event."""
-        shown = super().see_event(event, is_cut=is_cut)
-        if not self._moves_timings:
-            return shown
-        # If no usage is requested, llama.cpp writes `timings` on the last chunk that has a choice. Because the proxy
-        # requests usage, they come on the usage chunk instead, which the client must not see:
-        #     data: {"choices":[{"delta":{},"finish_reason":"stop"}]}
-        #     data: {"choices":[],"usage":{…},"timings":{…}}
-        # So the finish chunk is kept until the next event, and gets the timings if that is the usage chunk.
-        kept, self._finish_chunk = self._finish_chunk, None
-        chunk = self.chunk or {}
-        # If the usage chunk has other members too, it is sent with all of them: it is unknown on which chunk those
-        # would have come without our option.
-        if kept and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
-            return with_timings(*kept, event, chunk)
-        if is_finish_chunk(chunk) and "timings" not in chunk:
-            without_null = chunk if chunk.get("usage") else _without(chunk, "usage")
-            self._finish_chunk, shown = (shown, without_null), b""
-        return (kept[0] if kept else b"") + shown
-
-    def end(self) -> bytes:
-        """Note that no further event comes, and return the finish chunk if one is kept."""
-        kept, self._finish_chunk = self._finish_chunk, None
-        return kept[0] if kept else b""
+        self._stripped_running_usage = None
 
     def _new_ending(self, request: Request) -> Ending:
         return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
@@ -228,6 +199,45 @@ class ChatMeter(Meter):
         """
         is_running = self._stripped_running_usage == "timings"
         return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
+
+
+class LlamaCppMeter(ChatMeter):
+    """Measures a stream of llama.cpp with one choice, of which the proxy requests the usage."""
+
+    # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
+    _finish_chunk: tuple[bytes, JSON] | None = None
+
+    def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
+        """Measure one event and return the bytes for the client; a finish chunk may be kept for one event."""
+        shown = super().see_event(event, is_cut=is_cut)
+        if not self._strips_usage:
+            return shown
+        # If no usage is requested, llama.cpp writes `timings` on the last chunk that has a choice. Because the proxy
+        # requests usage, they come on the usage chunk instead, which the client must not see:
+        #     data: {"choices":[{"delta":{},"finish_reason":"stop"}]}
+        #     data: {"choices":[],"usage":{…},"timings":{…}}
+        # So the finish chunk is kept until the next event, and gets the timings if that is the usage chunk.
+        kept, self._finish_chunk = self._finish_chunk, None
+        chunk = self.chunk or {}
+        # If the usage chunk has other members too, it is sent with all of them: it is unknown on which chunk those
+        # would have come without our option.
+        if kept and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
+            return with_timings(*kept, event, chunk)
+        if is_finish_chunk(chunk) and "timings" not in chunk:
+            without_null = chunk if chunk.get("usage") else _without(chunk, "usage")
+            self._finish_chunk, shown = (shown, without_null), b""
+        return (kept[0] if kept else b"") + shown
+
+    def end(self) -> bytes:
+        """Note that no further event comes, and return the finish chunk if one is kept."""
+        kept, self._finish_chunk = self._finish_chunk, None
+        return kept[0] if kept else b""
+
+
+def chat_meter(request: Request, *, count: Callable[[str], int], kind: str) -> ChatMeter:
+    """A new meter for the answer to this request."""
+    has_timings = kind_of(kind).running_usage == "timings" and request.adds_usage and request.choices == 1
+    return (LlamaCppMeter if has_timings else ChatMeter)(request, count=count, kind=kind)
 
 
 class ChatEnding(Ending):

@@ -89,7 +89,7 @@ class Mask:
             data = mask.anywhere(data, is_cut=is_cut)
         if self._part is None:
             return data
-        if self._part in data or (b"\\u00" in data and _ASCII_ESCAPE.search(data)):
+        if self._part in data or (b"\\" in data and _ASCII_ESCAPE.search(data)):
             data = self._without_key(data)
         return self._without_beginning(data) if is_cut else data
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from proxy.errors import ProxyError
 from proxy.formats import chat, messages, responses
-from proxy.formats.chat import ChatMeter
+from proxy.formats.chat import chat_meter
 from proxy.formats.endpoints import Endpoint, SurfaceName
 from proxy.formats.media import MediaMeter
 from proxy.formats.messages import MessagesMeter
@@ -24,13 +24,13 @@ from proxy.formats.responses import ResponsesMeter
 class Surface:
     """One format of answers. The meter makes the ending of its streams itself."""
 
-    meter: type[Meter]
+    meter: Callable[..., Meter]
     error_event: Callable[[ProxyError], bytes]
     error_body: Callable[[ProxyError], Mapping[str, object]] = ProxyError.body
 
 
 SURFACES: dict[SurfaceName, Surface] = {
-    "chat": Surface(ChatMeter, chat.error_event),
+    "chat": Surface(chat_meter, chat.error_event),
     "responses": Surface(ResponsesMeter, responses.error_event),
     "messages": Surface(MessagesMeter, messages.error_event, messages.error_body),
     "media": Surface(MediaMeter, chat.error_event),

@@ -41,8 +41,11 @@ _TIMINGS = frozenset(("prompt_n", "cache_n", "predicted_n"))
 # The members that the proxy reads anyway, so that they can't be counted again as additional output.
 STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRITE, *_CACHE_HITS))
 
+# The members of an object that are numbers of tokens.
+Counts = dict[str, int]
 
-@dataclass(slots=True, init=False)
+
+@dataclass(slots=True)
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
@@ -60,36 +63,26 @@ class Stated:
     - `is_zero`: no part is more than 0.
     """
 
-    input: int | None
-    output: int | None
-    cached: int
-    reasoning: int
-    total: int | None
-    extra: int
+    input: int | None = None
+    output: int | None = None
+    cached: int = 0
+    reasoning: int = 0
+    total: int | None = None
+    extra: int = 0
     is_only_total: bool = field(init=False, repr=False, compare=False)
     known_input: int | None = field(init=False, repr=False, compare=False)
     output_without_extra: int | None = field(init=False, repr=False, compare=False)
     known_output: int | None = field(init=False, repr=False, compare=False)
     is_zero: bool = field(init=False, repr=False, compare=False)
 
-    def __init__(
-        self,
-        input: int | None = None,
-        output: int | None = None,
-        cached: int = 0,
-        reasoning: int = 0,
-        total: int | None = None,
-        extra: int = 0,
-    ) -> None:
-        self.input, self.output, self.cached, self.reasoning = input, output, cached, reasoning
-        self.total, self.extra = total, extra
-        if not output and total is not None:
-            output = max(0, total - (input or 0))
-        self.is_only_total = not input and not self.output and total is not None
-        self.known_input = 0 if self.is_only_total else input
+    def __post_init__(self) -> None:
+        """Derive what a meter asks for again and again."""
+        output = self.output if self.output or self.total is None else max(0, self.total - (self.input or 0))
+        self.is_only_total = not self.input and not self.output and self.total is not None
+        self.known_input = 0 if self.is_only_total else self.input
         self.output_without_extra = output
-        self.known_output = None if output is None else output + extra
-        self.is_zero = not (input or self.output or total or extra)
+        self.known_output = None if output is None else output + self.extra
+        self.is_zero = not (self.input or output or self.total or self.extra)
 
     def tokens(self) -> Tokens:
         """The tokens; 0 for a part that is unknown. Cached and reasoning tokens are never more than their whole."""
@@ -248,7 +241,7 @@ def without_usages(choices: object) -> object:
     ]
 
 
-def _counts_in(part: dict[str, Any]) -> dict[str, int]:
+def _counts_in(part: dict[str, Any]) -> Counts:
     """The members of an object that are numbers of tokens."""
     counts = {}
     for name, value in part.items():
@@ -258,7 +251,7 @@ def _counts_in(part: dict[str, Any]) -> dict[str, int]:
     return counts
 
 
-def _parts_of(usage: dict[str, Any], counts: dict[str, int], *, has_separate_cache: bool) -> Stated | None:
+def _parts_of(usage: dict[str, Any], counts: Counts, *, has_separate_cache: bool) -> Stated | None:
     """What the parts of a usage state, and its total where they state less; None if one of them makes no sense."""
     try:
         input_tokens, output_tokens = _part(usage, counts, _INPUT), _part(usage, counts, _OUTPUT)
@@ -288,7 +281,7 @@ def _with_reasoning(stated: Stated, total: int | None, output_bound: int, extra:
     return stated if surplus in (0, stated.extra) or output > output_bound else replace(stated, output=output)
 
 
-def _with_surplus(stated: Stated, usage: dict[str, Any], counts: dict[str, int], output_bound: int | None) -> Stated:
+def _with_surplus(stated: Stated, usage: dict[str, Any], counts: Counts, output_bound: int | None) -> Stated:
     """The same with the tokens by which the total is larger than input and output, if it is known what they are.
 
     An output that is missing is 0 before, and stays missing if the surplus is unknown.
@@ -319,7 +312,7 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], counts: dict[str, int],
     return replace(stated, input=stated.input + cached, output=stated_output + output)
 
 
-def _part(usage: dict[str, Any], counts: dict[str, int], names: Sequence[str]) -> int | None:
+def _part(usage: dict[str, Any], counts: Counts, names: Sequence[str]) -> int | None:
     """The largest of these members, None if they are missing or null. Raises ValueError if none makes sense."""
     largest, is_stated = None, False
     for name in names:
@@ -333,19 +326,18 @@ def _part(usage: dict[str, Any], counts: dict[str, int], names: Sequence[str]) -
 
 
 def _detail(
-    usage: dict[str, Any],
-    counts: dict[str, int],
-    sections: Sequence[str],
-    names: Sequence[str],
-    names_beside: Sequence[str],
+    usage: dict[str, Any], counts: Counts, sections: Sequence[str], names: Sequence[str], beside: Sequence[str]
 ) -> int:
     """The largest of some members of the details, and of others beside them; 0 if there is none."""
-    found = [counts[name] for name in names_beside if name in counts]
+    largest = 0
+    for name in beside:
+        largest = max(largest, counts.get(name, 0))
     for section in sections:
         if isinstance(details := usage.get(section), dict):
             of_details = _counts_in(details)
-            found += [of_details[name] for name in names if name in of_details]
-    return max(found, default=0)
+            for name in names:
+                largest = max(largest, of_details.get(name, 0))
+    return largest
 
 
 def _largest(first: int | None, second: int | None) -> int | None:

@@ -182,6 +182,17 @@ class Answer:
         """
         return _given(self._beginning.pop(0)) if self._beginning else self._next()
 
+    async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
+        """Call `take` with the bytes of the body as they arrive, decompressed.
+
+        Returns True as soon as `take` returns False: the rest can be read later. Returns False at the body's end.
+        Raises like `next_chunk`.
+        """
+        while chunk := await self.next_chunk():
+            if not take(chunk) or not (self._beginning or self.is_compressed or await self._exchange.push(take)):
+                return True
+        return False
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
         while chunk := await self.next_chunk():

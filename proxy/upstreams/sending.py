@@ -13,7 +13,7 @@ relied on.
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from math import inf
 
@@ -150,6 +150,17 @@ class _Protocol(ResponseHandler):
     """
 
     body: aiohttp.StreamReader | None = None  # of the answer that is being read
+    on_change: Callable[[], None] | None = None  # called after the body has got bytes, its end, or a failure
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if data and self.on_change is not None:  # without data it is called while the body is being read
+            self.on_change()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        if self.on_change is not None:
+            self.on_change()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         # The library resumes after each read, also what was not paused, and runs its parser for that.
@@ -160,6 +171,8 @@ class _Protocol(ResponseHandler):
         super().set_exception(exc, *cause)
         if self.body is not None and not self.body.is_eof() and self.body.exception() is None:
             self.body.set_exception(aiohttp.ClientPayloadError("the connection is gone"))
+            if self.on_change is not None:
+                self.on_change()
 
 
 class Exchange:
@@ -237,6 +250,38 @@ class Exchange:
         self.first_byte_until = None
         return chunk
 
+    async def push(self, take: Callable[[bytes], bool]) -> bool:
+        """Call `take` with the bytes of the body as they arrive, without waking a task for each of them.
+
+        Returns False as soon as `take` does, and True if something else has to be read: the end, or a failure.
+        """
+        content, loop, idle_s = self._content, self._loop, self._route.idle_s
+        assert content is not None, "begin() first"
+        ended: asyncio.Future[bool] = loop.create_future()
+
+        def changed() -> None:
+            if ended.done():
+                return
+            try:
+                while content.exception() is None and (chunk := content.read_nowait()):
+                    self._until = loop.time() + idle_s
+                    if not take(chunk):
+                        ended.set_result(False)
+                        return
+                if content.exception() is not None or content.is_eof():
+                    ended.set_result(True)
+            except Exception as error:  # noqa: BLE001 - whatever `take` raises is raised to whoever waits
+                ended.set_exception(error)
+
+        self._until = loop.time() + idle_s
+        self._protocol.on_change = changed
+        try:
+            changed()  # it may have got more while it was being read
+            return await ended
+        finally:
+            self._protocol.on_change = None
+            self._until = inf
+
     def end(self) -> None:
         """Give the connection back for other calls, or close it, if it is in the middle of a request or an answer."""
         connection, self._connection = self._connection, None
@@ -306,6 +351,8 @@ class Exchange:
         now = self._loop.time()
         if now >= self._until:
             (self._protocol if self._content is None else self._content).set_exception(TimeoutError())
+            if self._protocol.on_change is not None:
+                self._protocol.on_change()
         else:
             next_check = min(self._until, now + self._route.idle_s)
             self._timer = self._loop.call_at(next_check, self._check_time)

@@ -51,15 +51,15 @@ class WholeAnswer(web.StreamResponse):
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
+        headers = self.headers
+        headers["Content-Length"], headers["Date"] = str(len(self.body)), rfc822_formatted_time()
+        headers["server"] = SERVER_NAME
         self._keep_alive = self._keep_alive and request.keep_alive
-        self.headers["Content-Length"] = str(len(self.body))
-        self.headers["Date"] = rfc822_formatted_time()
-        self.headers["Server"] = SERVER_NAME
         if not self._keep_alive:
-            self.headers["Connection"] = "close"
-        await request._prepare_hook(self)  # the application's signal handlers
-        head = f"HTTP/1.1 {self.status} {self.reason}\r\n".encode()
-        data = b"".join((head, header_lines(self.headers), b"\r\n", self.body))
+            headers["Connection"] = "close"
+        await request._prepare_hook(self)  # the application's signal `on_response_prepare`
+        line = f"HTTP/1.1 {self.status} {self.reason}\r\n".encode()
+        data = b"".join((line, header_lines(headers), b"\r\n", self.body))
         self.body = b""  # a connection keeps its last response until the next request
         writer: Any = request.writer
         await writer.write(data, drain=False)
@@ -137,20 +137,27 @@ class WebResponder:
 
     async def write(self, data: bytes) -> None:
         """Send a piece of a streamed answer; waits while the client reads slowly."""
+        if not self.write_now(data):
+            await self.drain()
+
+    def write_now(self, data: bytes) -> bool:
+        """Send a piece of a streamed answer, and return whether the client keeps up. If not, `drain` waits for it."""
         if not data or self.is_disconnected:
-            return
+            return True
         protocol = self._request.protocol
         assert self.response is not None and protocol is not None, "start() first"
         transport = protocol.transport
         if transport is None or transport.is_closing():
             self.abort()
-            return
+            return True
         # Not by the library's writer, which would add three steps to each chunk of a stream.
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-        if protocol.writing_paused:
-            await self._write_in_time(self._request.writer.drain)
-        else:
-            self._written_at = self._loop.time()
+        self._written_at = self._loop.time()
+        return not protocol.writing_paused
+
+    async def drain(self) -> None:
+        """Wait while the client reads slowly, and cut the connection if it reads nothing for too long."""
+        await self._write_in_time(self._request.writer.drain)
 
     @contextmanager
     def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:

@@ -44,6 +44,11 @@ INTERNALS = {
     ): "parses what arrives; None: what arrives is kept, and should_close is true from then on",
     (
         ResponseHandler,
+        "data_received",
+    ): "parses what arrives, and feeds the reader of the body; without data what was left while reading was paused",
+    (ResponseHandler, "connection_lost"): "ends the body of an answer, or calls set_exception",
+    (
+        ResponseHandler,
         "resume_reading",
     ): "undoes pause_reading, as the reader of a body wants it after each read",
     (ResponseHandler, "_reading_paused"): "is true from pause_reading until resume_reading",
@@ -76,7 +81,7 @@ PARAMETERS = {
     ),
 }
 # What sending.py adds to aiohttp's classes.
-ADDED = {ResponseHandler: ["body"]}
+ADDED = {ResponseHandler: ["body", "on_change"]}
 SUBCLASSES = {aiohttp.TCPConnector: sending.Connector, ResponseHandler: sending._Protocol}
 ADVICE = (
     "Look into aiohttp's connector.py, client_proto.py and client_reqrep.py, and run tests/upstreams/test_wire.py."

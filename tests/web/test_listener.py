@@ -777,8 +777,11 @@ INTERNALS_OF_ANSWERS = {
     (web.StreamResponse, "prepare"): "finish_response of a connection awaits it once, before write_eof",
     (web.StreamResponse, "write_eof"): "finish_response awaits it once, with nothing to write",
     (web.StreamResponse, "_keep_alive"): "says whether the connection stays open; force_close() sets it to False",
-    (web.Request, "_prepare_hook"): "is awaited once before a head is written, and calls the signal handlers",
     (web.Request, "_match_info"): "is set once, to the match of the router, and names the signal handlers",
+    (
+        web.Request,
+        "_prepare_hook",
+    ): "awaits the handlers of the signal on_response_prepare",
 }
 
 
