@@ -366,11 +366,11 @@ class Metrics:
 
     def ended(
         self,
+        *,
         endpoint: str,
         group: str,
         model: str,
         outcome: str | None,
-        *,
         would_refuse: Iterable[str] = (),
         charged: tuple[str, int, int, int] | None = None,
     ) -> None:

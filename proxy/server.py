@@ -372,6 +372,7 @@ class Server:
         await self._relay.model_lists.close()
         await self.upstreams.close()
         pending = await self.ledger.close(max(_LAST_COMMIT_S, ends_s - loop.time()))
+        self.metrics.publish()
         self._threads.close()
         ended = in_flight + calls.started - started - cut_off
         log.info("stopped", calls_ended=ended, calls_cut_off=cut_off, charges_pending=pending)

@@ -70,25 +70,6 @@ class Tasks:
             log.error("task failed", task=task.get_name(), exc_info=error)
 
 
-async def is_done_within(future: "asyncio.Future[Any]", timeout_s: float) -> bool:
-    """Wait until the future is done, at most `timeout_s` seconds, and return whether it is. It is never cancelled."""
-    loop = asyncio.get_running_loop()
-    over = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not over.done():
-            over.set_result(None)
-
-    timer = loop.call_later(timeout_s, wake)
-    future.add_done_callback(wake)
-    try:
-        await over
-    finally:
-        timer.cancel()
-        future.remove_done_callback(wake)
-    return future.done()
-
-
 async def first_of(*works: Coroutine[Any, Any, object], timeout_s: float | None = None) -> None:
     """Wait until one of these has ended, at most `timeout_s` seconds if it is given, and cancel the others.
 

@@ -64,6 +64,16 @@ async def test_a_call_that_does_not_end_in_time_is_cut_off_and_settled(tmp_path:
         assert used >= 5
 
 
+async def test_what_waits_for_a_call_does_not_wait_for_its_connection(tmp_path: Path) -> None:
+    """The client keeps the connection open after the answer."""
+    async with stage(folder=tmp_path) as on:
+        stream = on.begin(CHAT, _ask("tokens=5 speed=400", stream=True))
+        await on.simulator.until(lambda: on.simulator.chunks_sent > 0)
+        settled = asyncio.get_running_loop().create_task(on.server.all_settled())
+        assert (await stream).body.endswith(b"data: [DONE]\n\n")
+        await asyncio.wait_for(settled, 30)
+
+
 async def test_new_calls_are_taken_during_the_shutdown_delay(tmp_path: Path) -> None:
     """Until a load balancer has seen that the process is not ready. Their answers close its pooled connections."""
     with movable_time() as move, capture_logs() as logged:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -24,11 +24,11 @@ from proxy.formats.pieces import certain_uses_of
 from proxy.formats.refusal import never_fits, refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_negative_maxima, check_refused_fields, negative_maxima
-from proxy.identity.authentication import Caller, Snapshot
+from proxy.identity.authentication import Caller, Snapshot, Terms
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
-from proxy.policy.amounts import Measure, Uses
+from proxy.policy.amounts import Measure
 from proxy.policy.binding import Binding
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
@@ -373,21 +373,10 @@ def prepare_call(
     )
 
 
-class Terms(NamedTuple):
-    """What is in force for the calls of one user to one model at one endpoint.
-
-    `bindings` are by what a call is certain to be counted by.
-    """
-
-    model: Model
-    is_listed: bool
-    bindings: dict[Uses, Binding]
-
-
 def _terms_of(endpoint: Endpoint, name: str, caller: Caller, snapshot: Snapshot) -> Terms:
     """The terms of a call to the model `name`. They are found once for each version of the policy."""
     key = (name, endpoint.name, caller.user, caller.groups, caller.key.models, caller.key.groups)
-    terms: Terms | None = snapshot.terms.get(key)
+    terms = snapshot.terms.get(key)
     if terms is None:
         model = snapshot.catalog.model(name)
         if model is None or not snapshot.may_use(caller, model.matched_name):

@@ -167,7 +167,7 @@ class Candidates:
         for candidate in self._candidates:
             if candidate.call.model is target:
                 return candidate
-        raise AssertionError("a target of this call")
+        raise AssertionError("the target is none of this call")
 
     def free_body(self) -> None:
         """Drop all bodies. Only the texts of the input stay, in case they have to be counted."""
@@ -259,8 +259,7 @@ class Dispatcher:
                 answer = await self._attempt(attempt, candidate, reservation, start)
                 status = answer.status
                 if len(state.remaining) > 1 or status // 100 != 2:
-                    stated = _status_from_body(answer)
-                    status = await with_heartbeat(stated, attempt.call, reservation, start)
+                    status = await _status_from_body(answer, attempt.call, reservation, start)
                 routing = self._after_answer(answer, status, state, candidate)
                 is_final = routing is None
                 if is_final:
@@ -297,7 +296,7 @@ class Dispatcher:
         return (target, routing) if target is not None else await self._wait_for_target(candidates, routing)
 
     def _take_free(self, targets: Sequence[Model], candidates: Candidates) -> Model | None:
-        """One of these targets, with a slot of its upstream; None if an upstream of them is full."""
+        """One of these targets, with a slot of its upstream; None if one of their upstreams is full."""
         for target in targets:
             if self.slots.is_full(target.upstream.name):
                 return None
@@ -308,7 +307,7 @@ class Dispatcher:
     async def _wait_for_target(
         self, candidates: Candidates, routing: RoutingState
     ) -> tuple[Model | None, RoutingState]:
-        """The same, where an upstream is full.
+        """Choose a target although an upstream is full. The deadline of the state is later by the wait for a slot.
 
         A full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that
         are only full. When it can't wait any longer, an upstream in cooldown is better than none.
@@ -501,7 +500,7 @@ class Dispatcher:
         self._log.warning("a try failed", upstream=name, outcome=outcome, request=client.id, reason=reason)
 
 
-async def _status_from_body(answer: Answer) -> int:
+async def _status_from_body(answer: Answer, call: Call, reservation: Reservation, start: Start) -> int:
     """The status that decides whether another upstream is asked: the answer's, or what an error in its body means.
 
     Waits for the first byte of an answer that must begin in time. The body of a successful answer is looked at unless
@@ -509,10 +508,7 @@ async def _status_from_body(answer: Answer) -> int:
     """
     status, body = answer.status, None
     if status // 100 == 2:
-        if answer.must_begin_in_time:
-            await answer.wait_for_body()
-        if not answer.is_event_stream:
-            body = await answer.error_in_body()
+        body = await with_heartbeat(_error_instead(answer), call, reservation, start)
         stated = None if body is None else status_of_error(body)
         if stated is None:
             return status
@@ -520,6 +516,13 @@ async def _status_from_body(answer: Answer) -> int:
     if may_try_another_target(status):
         return status
     return status_for_routing(status, await answer.error_body() if body is None else body)
+
+
+async def _error_instead(answer: Answer) -> bytes | None:
+    """The body of a successful answer if it is an error instead. Waits for its first byte if that has a limit."""
+    if answer.must_begin_in_time:
+        await answer.wait_for_body()
+    return None if answer.is_event_stream else await answer.error_in_body()
 
 
 async def with_heartbeat(waiting: Awaitable[T], call: Call, reservation: Reservation, start: Start) -> T:

@@ -113,7 +113,7 @@ class Relay:
         try:
             try:
                 attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
-                assert attempt.answer is not None, "the dispatcher returns none without"
+                assert attempt.answer is not None, "an attempt that was returned has an answer"
                 try:
                     await self._forward(attempt.answer, attempt.call, reservation)
                 finally:
@@ -204,7 +204,10 @@ class Relay:
                     counted=reservation.meter.counted_and_stated if next(self._answered) % _COMPARED == 0 else None,
                 )
         self.metrics.ended(
-            *(entry.labels.endpoint, entry.admitted_via, model, outcome),
+            endpoint=entry.labels.endpoint,
+            group=entry.admitted_via,
+            model=model,
+            outcome=outcome,
             would_refuse=entry.would_refuse,
             charged=charged,
         )

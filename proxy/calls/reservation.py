@@ -12,6 +12,7 @@ hold grows with the output that the meter has seen (`grow`). Example, for a requ
 ours leaves tokens held.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ import structlog
 from proxy.calls.token_count import TokenCount
 from proxy.errors import LedgerUnavailable
 from proxy.formats.meter import Meter
-from proxy.ledger.book import Accepted, Extend, Release, Settle
+from proxy.ledger.book import Accepted, Extend, Release, Reply, Settle
 from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
@@ -29,7 +30,6 @@ from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage, Us
 from proxy.policy.binding import Binding
 from proxy.policy.catalog import Model
 from proxy.policy.quota import Counter, CounterKey
-from proxy.tasks import is_done_within
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
 # whole answer has been charged for it, even if the proxy is killed in the next moment, unless the database is slower
@@ -152,13 +152,12 @@ class Reservation:
     def _wanted_output(self) -> int:
         """How much output to hold, in tokens: what was seen and HOLD_STEP.
 
-        It stays within the maximum if there is one, or, beyond it, within what our count may exceed it by.
+        If there is a maximum, that is at most the maximum; beyond it, what our count may exceed it by; beyond that,
+        any number.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        for bound in () if maximum is None else (maximum, _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS):
-            if seen <= bound:
-                return min(seen + HOLD_STEP, bound)
-        return min(seen + HOLD_STEP, TOKENS_MAX)
+        bounds = () if maximum is None else (maximum, _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS)
+        return min(seen + HOLD_STEP, next((bound for bound in bounds if seen <= bound), TOKENS_MAX))
 
     async def _extend(
         self,
@@ -270,7 +269,26 @@ class Reservation:
             else Settle(self.entry.id, usage, outcome, upstream=upstream, response_id=self.meter.response_id)
         )
         # When the time is over, the ledger goes on trying to commit.
-        if await is_done_within(committed, wait_s) and not committed.exception():
+        if await _is_done_within(committed, wait_s) and not committed.exception():
             reply = committed.result()
             if isinstance(reply, Accepted):
                 self.counters = {**self.counters, **reply.counters}
+
+
+async def _is_done_within(future: "asyncio.Future[Reply]", timeout_s: float) -> bool:
+    """Wait until the future is done, at most `timeout_s` seconds, and return whether it is. It is never cancelled."""
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    timer = loop.call_later(timeout_s, wake)
+    future.add_done_callback(wake)
+    try:
+        await over
+    finally:
+        timer.cancel()
+        future.remove_done_callback(wake)
+    return future.done()

@@ -270,7 +270,7 @@ class ChatEnding(Ending):
                     self._begun.add(index)
                     if choice.get("finish_reason"):  # some servers write "" instead of null
                         self._finished.add(index)
-        if not self._first:
+        if not self._first and chunk:
             self._first = data
         self.has_finished = len(self._finished) >= self._choices
 

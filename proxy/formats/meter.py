@@ -118,8 +118,8 @@ class Meter(ABC):
     of output).
     """
 
-    # Class attributes are the defaults of what few answers need, because more than 30 attributes of an object take
-    # 1.3 kB more than 30.
+    # Class attributes are the defaults of what few answers need: an object with more than 30 attributes of its own
+    # takes 1.3 kB more.
     is_at_end = is_over = has_error = False
     chunk: JSON | None = None
     response_id: str | None = None

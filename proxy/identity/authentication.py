@@ -7,7 +7,7 @@ was right once, or is right elsewhere. The log says which of these it was.
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from proxy.config.loader import Config, HeaderSource
 from proxy.config.values import digest, is_email
@@ -19,8 +19,8 @@ from proxy.identity.keys import PREFIX, id_of, presented_key
 from proxy.logs import LoggedCalls
 from proxy.policy.admin import Admin
 from proxy.policy.amounts import Uses
-from proxy.policy.binding import BoundQuotas
-from proxy.policy.catalog import Catalog, MatchedName
+from proxy.policy.binding import Binding, BoundQuotas
+from proxy.policy.catalog import Catalog, MatchedName, Model
 from proxy.policy.key import TAG_CHARACTERS_MAX, Key
 from proxy.policy.policy import DEFAULT, EVERYONE, Policy
 
@@ -195,6 +195,17 @@ def _invalid_key(reason: str) -> InvalidKey:
     return InvalidKey(text, reason=reason)
 
 
+class Terms(NamedTuple):
+    """What is in force for the calls of one user to one model at one endpoint.
+
+    `bindings` are by what a call is certain to be counted by.
+    """
+
+    model: Model
+    is_listed: bool
+    bindings: dict[Uses, Binding]
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything from one version of the file that a request needs.
@@ -212,8 +223,8 @@ class Snapshot:
     admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)
     file: FileDirectory = field(default_factory=lambda: FileDirectory(()), repr=False)
     source_names: tuple[str, ...] = ()
-    # What `calls` has found out for calls by this version. It goes with the version, so it is never stale.
-    terms: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Those that `calls` has found so far. They go with the version, so they are never stale.
+    terms: dict[Hashable, Terms] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypedDict
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import FAMILIES, NO_AMOUNT, Amount, Family, Measure, totals_of
+from proxy.policy.amounts import FAMILIES, MEASURES, NO_AMOUNT, Amount, Family, totals_of
 from proxy.policy.binding import Binding
 from proxy.policy.quota import Counter, CounterKey, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import Window, rfc3339
@@ -22,7 +22,7 @@ NEAR_PERCENT = 80
 
 
 class LimitUse(TypedDict):
-    """What is used, held and left of one limit, for output. `percent` is the used part of the limit."""
+    """What is used, held and left of one limit, for output. `percent` is its used part, to one decimal."""
 
     limit: int
     used: int
@@ -71,28 +71,17 @@ class QuotaStatus:
                 tightest = use
         self.tightest = tightest
 
-    def remaining(self, limit: Limit) -> int:
-        """What is neither used nor held of a limit; never below 0. See `uses` about holds."""
-        held = NO_AMOUNT if self.quota.enforce == "after" else self.counter.held
-        return max(0, limit.maximum - self.counter.used.of(limit.measure) - held.of(limit.measure))
-
-    def is_near(self, limit: Limit) -> bool:
-        """Whether 80 % or more of a limit is used. A limit of 0 is a switch that is off, and nobody is near it."""
-        return limit.maximum > 0 and 100 * self.counter.used.of(limit.measure) >= NEAR_PERCENT * limit.maximum
-
-    def percent(self, limit: Limit) -> float:
-        """How much of a limit is used, in percent with one decimal place. A limit of 0 is used up."""
-        used = self.counter.used.of(limit.measure)
-        return round(100 * used / limit.maximum, 1) if limit.maximum else 100.0
-
     def use_of(self, limit: Limit) -> LimitUse:
-        """What is used, held and left of a limit."""
+        """What is used, held and left of a limit. A limit of 0 is used up."""
+        maximum, of = limit.maximum, limit.measure.total
+        used, held = of(self.counter.used), of(self.counter.held)
+        left = maximum - used - (0 if self.quota.enforce == "after" else held)  # see `uses` about holds
         return {
-            "limit": limit.maximum,
-            "used": self.counter.used.of(limit.measure),
-            "held": self.counter.held.of(limit.measure),
-            "remaining": self.remaining(limit),
-            "percent": self.percent(limit),
+            "limit": maximum,
+            "used": used,
+            "held": held,
+            "remaining": max(0, left),
+            "percent": round(100 * used / maximum, 1) if maximum else 100.0,
         }
 
     @property
@@ -105,7 +94,12 @@ class QuotaStatus:
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
-        uses = {limit.measure: self.use_of(limit) for limit in self.quota.limits}
+        uses: dict[str, LimitUse | None] = dict.fromkeys(MEASURES)
+        is_near = False
+        for limit in self.quota.limits:
+            use = uses[limit.measure] = self.use_of(limit)
+            # A limit of 0 is a switch that is off, and nobody is near it.
+            is_near = is_near or 100 * use["used"] >= NEAR_PERCENT * use["limit"] > 0
         return {
             "id": self.quota.id,
             "group": self.quota.group,
@@ -113,8 +107,8 @@ class QuotaStatus:
             "shared": self.quota.shared,
             "enforce": self.quota.enforce,
             "window": self._window_json(zone),
-            **{measure.value: uses.get(measure) for measure in Measure},
-            "near": any(map(self.is_near, self.quota.limits)),
+            **uses,
+            "near": is_near,
             "grants": [_grant(grant, zone) for grant in self.grants],
         }
 

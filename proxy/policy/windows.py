@@ -122,6 +122,7 @@ def parse_per(text: str, zone: ZoneInfo, week_starts: int = 0) -> Per:
     raise ValueError(f'"{text}" is no window: write a duration (90s, 15m, 6h, 7d) or one of {", ".join(UNITS)}')
 
 
+@lru_cache(1024)
 def rfc3339(instant: int, zone: ZoneInfo) -> str:
     """An instant in RFC 3339 with the offset of `zone`, such as `2026-11-24T00:00:00+01:00`.
 

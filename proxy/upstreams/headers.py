@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from multidict import CIMultiDict, MultiMapping
+from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
@@ -21,7 +21,7 @@ from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
 # The headers of a request or an answer, whose names are found in any case.
 Headers = MultiMapping[str]
 
-NO_HEADERS: Headers = CIMultiDict()
+NO_HEADERS: Headers = CIMultiDictProxy(CIMultiDict())
 # Our value of `Server`. By default the HTTP library would name itself and its version.
 SERVER_NAME = "llm-quota-proxy"
 # The headers of every JSON answer that the proxy itself writes.
@@ -175,13 +175,13 @@ def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str
 def _passed(headers: Headers, names: Iterable[str]) -> dict[str, str]:
     """The headers with these names, except those that `Connection` lists: they are for one connection.
 
-    Of several headers with one name the first one passes.
+    Of several headers with one name the last one passes.
     """
     passed = {}
     for name in names:
-        value = headers.get(name)
-        if value is not None:
-            passed[name] = value
+        values = headers.getall(name, None)
+        if values is not None:
+            passed[name] = values[-1]
     if "connection" in headers:
         for name in _list_items(headers, "connection"):
             passed.pop(name.lower(), None)

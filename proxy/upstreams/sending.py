@@ -259,19 +259,21 @@ class Exchange:
         assert content is not None, "begin() first"
         ended: asyncio.Future[bool] = loop.create_future()
 
+        def end(result: bool) -> None:
+            if not ended.done():  # `take` may have led to the cancellation of whoever waits
+                ended.set_result(result)
+
         def changed() -> None:
-            if ended.done():
-                return
             try:
-                while content.exception() is None and (chunk := content.read_nowait()):
+                while not ended.done() and content.exception() is None and (chunk := content.read_nowait()):
                     self._until = loop.time() + idle_s
                     if not take(chunk):
-                        ended.set_result(False)
-                        return
+                        end(False)
                 if content.exception() is not None or content.is_eof():
-                    ended.set_result(True)
+                    end(True)
             except Exception as error:  # noqa: BLE001 - whatever `take` raises is raised to whoever waits
-                ended.set_exception(error)
+                if not ended.done():
+                    ended.set_exception(error)
 
         self._until = loop.time() + idle_s
         self._protocol.on_change = changed

@@ -52,6 +52,8 @@ class WholeAnswer(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> None:
         """Send the answer. Raises ConnectionError if the client has disconnected."""
         headers = self.headers
+        if self.body:
+            headers.setdefault("Content-Type", "application/octet-stream")
         headers["Content-Length"], headers["Date"] = str(len(self.body)), rfc822_formatted_time()
         headers["server"] = SERVER_NAME
         self._keep_alive = self._keep_alive and request.keep_alive
@@ -72,8 +74,11 @@ class WholeAnswer(web.StreamResponse):
 class WebResponder:
     """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
+    `task` is set when the request becomes a call. `response` is None until an answer has begun. The request's id is
+    sent as `x-request-id`.
     """
+
+    task: asyncio.Task[Any]
 
     def __init__(
         self,
@@ -84,7 +89,6 @@ class WebResponder:
         heartbeat_s: float = _HEARTBEAT_S,
     ) -> None:
         self.id = line.request_id
-        self.task = request.task
         self.line = line
         self.headers: Headers = request.headers
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients

@@ -373,8 +373,10 @@ class Api:
         """
         line = client.line
         line.is_call = True
-        self.calls.enter(client.task)
-        self._running[client.id].call = client.task
+        task = asyncio.current_task()  # `request.task` is that of the connection
+        assert task is not None, "a call runs in a task"
+        client.task = self._running[client.id].call = task
+        self.calls.enter(task)
         when_lost(request, client.note_disconnect)
         try:
             await self._relay.carry(call, renew)
@@ -391,7 +393,7 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
-            self.calls.leave(client.task)
+            self.calls.leave(task)
             del self._running[client.id]
             self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
             if line.model == OTHER and line.outcome == "complete":

@@ -194,7 +194,7 @@ def test_a_call_is_refused_if_0_remain(enforce, data):
     held = held if enforce == "exact" else Amount(requests=held.requests)  # `after` holds no tokens
     found = counters(who, used={"staff/daily": used}, held={"staff/daily": held})
     status = quota_statuses(who, found, NOON)["staff/daily"]
-    if status.remaining(status.quota.limits[0]) == 0:
+    if status.use_of(status.quota.limits[0])["remaining"] == 0:
         assert isinstance(decide(call(1, 1), who, found, NOON), NotAdmitted)
 
 

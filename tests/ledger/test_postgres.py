@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import asyncpg
@@ -33,6 +34,7 @@ from proxy.ledger.postgres import (
     begin,
 )
 from proxy.ledger.primary import Timeouts
+from proxy.ledger.rows import CHANGING
 from proxy.ledger.schema import HEAD, NewerSchema, metadata
 from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
@@ -668,6 +670,7 @@ STOPPED = """
 import asyncio, os, signal, sys
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.primary import Timeouts
+from proxy.ledger.rows import CHANGING
 from tests.ledger.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 
@@ -1079,6 +1082,14 @@ async def test_what_begins_a_batch_returns_the_columns_of_schema_py(store, datab
         *metadata.tables["counters"].columns.keys(),
         *metadata.tables["calls"].columns.keys(),
     ]
+
+
+def test_what_ends_a_batch_writes_the_columns_of_its_rows():
+    """In the order of their values: most are texts or numbers, so another order would not be an error."""
+    functions = import_module("proxy.ledger.migrations.versions.0008_batches")
+    found = [[column.split()[0] for column in text.split(",")] for text in (functions._COUNTER, functions._CALL)]
+    assert found == [metadata.tables[name].columns.keys() for name in ("counters", "calls")]
+    assert [column.split()[0] for column in functions._CHANGED.split(",")] == [*CHANGING, "id"]
 
 
 async def test_a_step_of_a_job_returns_its_rows_and_the_last_key(store, database):

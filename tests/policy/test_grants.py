@@ -180,7 +180,7 @@ def test_after_the_end_of_a_grant_nothing_remains_until_the_reset():
     assert isinstance(later, NotAdmitted)
     assert (later.verdict, later.admissible_at) == (Verdict.EXHAUSTED, MIDNIGHT)
     status = quota_statuses(who, found, MORE.until)[DAILY.id]
-    assert status.remaining(status.quota.limits[0]) == 0
+    assert status.use_of(status.quota.limits[0])["remaining"] == 0
 
 
 def test_a_grant_counts_in_every_window_until_its_end():
