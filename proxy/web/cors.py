@@ -34,10 +34,11 @@ _MAX_AGE_S = "7200"
 
 
 class Cors:
-    """The CORS headers for pages of the given origins; "*" allows all origins."""
+    """The CORS headers for pages of the given origins; "*" allows all origins. It `is_on` if there are any."""
 
     def __init__(self, origins: Collection[str]) -> None:
         self._origins = frozenset(origins)
+        self.is_on = bool(origins)
 
     def answer_preflight(self, request: web.Request) -> web.Response | None:
         """The answer to a request with OPTIONS that is a preflight of an allowed origin; None for any other."""
@@ -55,8 +56,6 @@ class Cors:
 
         It is a signal handler of `on_response_prepare`: a streamed response is sent before the handler returns it.
         """
-        if not self._origins:
-            return
         if "*" not in self._origins:
             # The headers depend on the origin, so a cache must not give this response to a page of another origin.
             response.headers[hdrs.VARY] = hdrs.ORIGIN

@@ -15,10 +15,7 @@ HEALTH_PATHS = ("/healthz", "/readyz")
 
 
 class Health:
-    """The handlers of `/healthz` and `/readyz`.
-
-    Set `is_stopping` to make the process not ready.
-    """
+    """The handlers of `/healthz` and `/readyz`. Set `is_stopping` to make the process not ready."""
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot]) -> None:
         self._ledger = ledger

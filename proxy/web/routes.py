@@ -170,7 +170,9 @@ class Api:
         """The application, with the paths of `health`. A `Listener` has to serve it with `serve`."""
         self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
         application = web.Application(middlewares=[self._answer_other])
-        application.on_response_prepare.extend([add_server_name, self._cors.add_headers])
+        application.on_response_prepare.append(add_server_name)
+        if self._cors.is_on:
+            application.on_response_prepare.append(self._cors.add_headers)
         application.router.add_routes([*health.routes(), *self._page.routes()])
         for endpoint in METERED:
             handler = partial(self._metered_call, endpoint)

@@ -365,7 +365,7 @@ async def test_the_log_can_be_text_and_can_leave_out_requests(tmp_path: Path) ->
         on.process.send_signal(signal.SIGHUP)
         await on.has('"policy reloaded"')
         _, fine = await _post(http, on.url, _chat())
-        await on.has(f'"request": "{fine}"')
+        await on.has(f'"request":"{fine}"')
         on.config.write_text(on.config.read_text().replace("calls: all", "calls: none"))
         on.process.send_signal(signal.SIGHUP)
         while on.text().count('"policy reloaded"') < 2:  # noqa: ASYNC110 - another process sets no event

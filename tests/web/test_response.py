@@ -304,8 +304,13 @@ async def _answering(body: bytes) -> AsyncIterator[str]:
             response.force_close()
         return response
 
+    async def close_if_asked(request: web.Request, response: web.StreamResponse) -> None:
+        if "x-close" in request.headers:
+            response.force_close()
+            response.headers["connection"] = "close"
+
     application = web.Application()
-    application.on_response_prepare.extend([add_server_name, CORS.add_headers])
+    application.on_response_prepare.extend([add_server_name, CORS.add_headers, close_if_asked])
     application.router.add_route("*", "/{any:.*}", handler)
     log = RequestLog(lambda: "all", metrics=Metrics(), clock=lambda: 5.5, now=lambda: NOON)
     runner = Listener(application, ConnectionLimits(), request_log=log)
@@ -348,7 +353,7 @@ async def test_a_whole_answer_has_the_bytes_that_the_library_would_write(
         ("HEAD", "?status=404", "1.1"),
     ],
 )
-@pytest.mark.parametrize("headers", [(), ("Connection: close", f"Origin: {PAGE}")])
+@pytest.mark.parametrize("headers", [(), ("Connection: close", f"Origin: {PAGE}"), ("X-Close: 1",)])
 async def test_an_answer_of_any_kind_has_the_bytes_that_the_library_would_write(
     method: str, query: str, version: str, headers: tuple[str, ...]
 ) -> None:
