@@ -104,7 +104,7 @@ class Responder(Protocol):
 class Call:
     """One call. `model` is the model at the first upstream, or at the one that this attempt goes to.
 
-    It is a value: nothing of it changes. It is not declared frozen, because making it would take longer.
+    It is a value, and never changed; it is not declared frozen, because that takes longer.
 
     `is_listed`: the catalog lists the model by this very name, so that the name is none that a client made up.
     """

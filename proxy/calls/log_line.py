@@ -1,5 +1,6 @@
-"""What the log says of one request, collected while the request is served and written once, when it has ended.
+"""The record of one request, collected while it is served: the log, the metrics and the events are made from it.
 
+The log has one line of it, written when the request has ended.
 A line never has a key, a prompt or an answer, and no text that a client chose: a client may have written a key
 anywhere. Names of users, models, paths and parameters are those that the configuration, the directory or the proxy
 itself lists, and a key is named by its label or its id. Texts of errors are left out, because some of them repeat
@@ -28,12 +29,12 @@ class LogLine:
     - `model` is the name that `recorded_names.logged_name` gives.
     - `admin` is the name of the admin whose key or login the request had.
     - `is_call`: it became a call, whose line is written when it is settled.
-    - `entry` is the call's entry in the ledger, as of the ledger's last answer.
+    - `entry` is the call's entry in the ledger, as of the ledger's last answer: the log has what it held last, and
+      the quotas with `enforce: shadow` that had no room for it.
     - `trace` is the id of the trace that the client takes part in, `client_request` the client's id of the request,
       and `upstream_request` that of the upstream.
     - `upstream_model` is the model's name at the upstream, if the configuration states it.
     - `attempts` is how often the call was sent. `failed_first` is the upstream whose attempt failed first.
-    - `held_tokens` is what the call held last. `would_refuse` are the quotas with `enforce: shadow`.
     - `asked_s`: the ledger was asked for a reservation. `decided_s`: it admitted or refused the call.
     - `admitted_s`: the quotas admitted the call. `sent_s`: it was sent to an upstream for the first time.
     - `answered_s`: the last byte of the upstream's answer came.
@@ -54,7 +55,6 @@ class LogLine:
     client_request: str | None = None
     model: str | None = None
     stream: bool | None = None
-    group: str | None = None
     entry: Entry | None = None
     upstream: str | None = None
     upstream_model: str | None = None
@@ -63,9 +63,7 @@ class LogLine:
     failed_first: str | None = None
     outcome: str | None = None
     usage: Usage | None = None
-    held_tokens: int | None = None
     capped_by: str | None = None
-    would_refuse: Sequence[str] = ()
     refused_by: Sequence[str] = ()
     verdict: str | None = None
     error: ProxyError | None = None
@@ -93,7 +91,7 @@ class LogLine:
 
     def mark_admitted(self, entry: Entry) -> None:
         """Note that the quotas admitted the call, which has this entry in the ledger."""
-        self.entry, self.group, self.admitted_s = entry, entry.admitted_via, self.clock()
+        self.entry, self.admitted_s = entry, self.clock()
 
     def mark_sent(self) -> None:
         """Note that the call is sent to an upstream, and when that is for the first time."""
@@ -134,7 +132,7 @@ class LogLine:
         """
         began_s, ended_s = self.began_s, self.clock()
         waited_s = None if self.asked_s is None else (self.decided_s or ended_s) - self.asked_s
-        caller, usage, error = self.caller, self.usage, self.error
+        caller, entry, usage, error = self.caller, self.entry, self.usage, self.error
         members = {
             "request": self.request_id,
             "client_request": self.client_request,
@@ -146,7 +144,7 @@ class LogLine:
             "key": caller and (caller.key.label or caller.key.id),
             "source": caller and caller.source,
             "tag": (caller and caller.tag) or None,
-            "group": self.group,
+            "group": entry and entry.admitted_via,
             "model": self.model,
             "stream": self.stream,
             "upstream": self.upstream,
@@ -160,9 +158,9 @@ class LogLine:
             "cached_tokens": (usage and usage.tokens.cached) or None,
             "reasoning_tokens": (usage and usage.tokens.reasoning) or None,
             "provenance": usage and usage.provenance,
-            "held_tokens": self.held_tokens,
+            "held_tokens": entry and entry.hold.tokens,
             "capped_by": self.capped_by,
-            "would_refuse": list(self.would_refuse) or None,
+            "would_refuse": (entry and list(entry.would_refuse)) or None,
             "refused_by": list(self.refused_by) or None,
             "verdict": self.verdict,
             "code": error and (error.code or error.type),

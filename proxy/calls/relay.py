@@ -184,7 +184,6 @@ class Relay:
         self.metrics.calls_in_flight -= 1
         self._durations.ended(entry.id, self._now())
         line.outcome, line.usage = outcome, usage
-        line.held_tokens, line.would_refuse = entry.hold.tokens, entry.would_refuse
         if target is not None:
             line.upstream = target.upstream.name
             if call.is_listed:  # of an unlisted model the name at the upstream is what the client wrote

@@ -93,7 +93,7 @@ class Hold(NamedTuple):
 
 @dataclass(slots=True)
 class Admitted:
-    """The call may be sent. It is not declared frozen, because making it would take four times as long.
+    """The call may be sent. It is a value, and never changed; it is not declared frozen, because that takes longer.
 
     `hold` is what it holds at first, and `holds` the same for each counter. `maximum` is the longest answer, in
     tokens, that its quotas have room for; None if neither a quota nor the request bounds the answer. `capped_by` is

@@ -223,7 +223,7 @@ class Quota:
 class Counter:
     """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window.
 
-    It is a value like all others here. It is not declared frozen, because making it would take four times as long.
+    It is a value, and never changed; it is not declared frozen, because that takes longer.
     `reset_at` is when an administrator last set what is used to 0 (ms); 0: never.
     """
 
@@ -291,7 +291,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
-    It is not declared frozen, for the same reason as `Counter`.
+    It is a value, and never changed; it is not declared frozen, because that takes longer.
     `output_maximum`, `smallest`, `initial_hold`, `fixed` and `floor` are totals over all choices.
 
     - `uses`: what the call can use at all. It decides which limits bind the call, not the numbers: a chat with

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proxy.calls.log_line import LogLine
@@ -56,7 +56,7 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
     clock.now_s = 101.000
     line.mark_answered()
     clock.now_s = 101.005
-    line.upstream, line.outcome, line.held_tokens, line.stream = "openai", "complete", 40, True
+    line.upstream, line.outcome, line.stream = "openai", "complete", True
     line.usage = Exactly(Tokens(11, 5, cached=8, reasoning=2))
     assert line.fields(200) == {
         "request": "req_7",
@@ -126,7 +126,7 @@ def test_the_model_s_name_at_the_upstream_is_there_if_it_is_another() -> None:
     line, _ = _call()
     line.upstream_model = "fast"
     assert "upstream_model" not in line.fields(200)
-    line.upstream_model, line.would_refuse = "gpt-4o-mini", ("staff/trial",)
+    line.upstream_model, line.entry = "gpt-4o-mini", replace(ENTRY, would_refuse=("staff/trial",))
     fields = line.fields(200)
     assert (fields["upstream_model"], fields["would_refuse"]) == ("gpt-4o-mini", ["staff/trial"])
 
