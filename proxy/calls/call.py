@@ -25,6 +25,7 @@ from proxy.formats.refusal import never_fits, refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_negative_maxima, check_refused_fields, negative_maxima
 from proxy.identity.authentication import Caller, Snapshot, Terms
+from proxy.identity.keys import Headers
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
@@ -35,7 +36,7 @@ from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
-from proxy.upstreams.headers import Headers, idempotency_header, to_upstream
+from proxy.upstreams.headers import idempotency_header, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
 
 _WAIT_S_MAX = 600

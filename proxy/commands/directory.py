@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from multidict import CIMultiDict
 
 from proxy.administration.directory import LISTED_MAX
 from proxy.administration.pages import Paging, cursor_of
@@ -452,10 +453,10 @@ def whoami(peer: str, path: str, as_json: bool) -> None:
     show(f"{found.user}, of the source {found.source}, {groups}, by the key {found.key.label or found.key.id}.")
 
 
-def _headers(text: str) -> list[tuple[str, str]]:
+def _headers(text: str) -> CIMultiDict[str]:
     """The headers in a text; one line that is no header of a key is a key, which may have a colon."""
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) == 1 and lines[0].partition(":")[0].strip().lower() not in KEY_HEADERS:
-        return [("Authorization", f"Bearer {lines[0].strip()}")]
+        return CIMultiDict({"Authorization": f"Bearer {lines[0].strip()}"})
     pairs = [line.partition(":") for line in lines]
-    return [(name.strip(), value.strip()) for name, colon, value in pairs if colon]
+    return CIMultiDict([(name.strip(), value.strip()) for name, colon, value in pairs if colon])

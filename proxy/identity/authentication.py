@@ -5,7 +5,7 @@ about the key. All keys that are not valid get the same answer, so a client that
 was right once, or is right elsewhere. The log says which of these it was.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from proxy.errors import InvalidKey, InvalidRequest
 from proxy.identity.client_address import parse_address
 from proxy.identity.directory import FILE, Directory, FileDirectory, OwnedKey, User, UserId
 from proxy.identity.header_sources import SentUser, is_from, refused, sent_user
-from proxy.identity.keys import PREFIX, id_of, presented_key
+from proxy.identity.keys import PREFIX, Headers, id_of, presented_key
 from proxy.logs import LoggedCalls
 from proxy.policy.admin import Admin
 from proxy.policy.amounts import Uses
@@ -23,8 +23,6 @@ from proxy.policy.binding import Binding, BoundQuotas
 from proxy.policy.catalog import Catalog, MatchedName, Model
 from proxy.policy.key import TAG_CHARACTERS_MAX, Key
 from proxy.policy.policy import DEFAULT, EVERYONE, Policy
-
-Headers = Collection[tuple[str, str]]
 
 
 class Caller(NamedTuple):
@@ -169,7 +167,7 @@ class HeaderSources:
         found = self._by_digest.get(digest)
         if found is not None and is_from(found, parse_address(peer)):
             return found
-        if self._header_names and any(name.lower() in self._header_names for name, _ in headers):
+        if self._header_names and any(name in headers for name in self._header_names):
             self._on_ignored("other_key" if found is None else "other_address")
         if found is not None:
             # The same answer as for an unknown key: who has the key elsewhere does not learn that it is right.
@@ -179,7 +177,7 @@ class HeaderSources:
 
 def _sent_tag(key: Key, headers: Headers) -> str:
     """The tag in `X-Quota-Tag`, or that of the key if the request has none."""
-    sent = [value.strip(" \t") for name, value in headers if name.lower() == "x-quota-tag"]
+    sent = [value.strip(" \t") for value in headers.getall("x-quota-tag", ())]
     if not any(sent):
         return key.tag
     if len(sent) > 1 or len(sent[0]) > TAG_CHARACTERS_MAX or not sent[0].isprintable():

@@ -1,10 +1,11 @@
 """The IP address of a client, also behind proxies that are trusted to say it. Pure."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
+from proxy.identity.keys import Headers
 from proxy.policy.key import Network, is_in
 
 IpAddress = IPv4Address | IPv6Address
@@ -12,7 +13,7 @@ IpAddress = IPv4Address | IPv6Address
 _WITH_PORT = re.compile(r"([0-9.]+)(?::[0-9]{1,5})|\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?")
 
 
-def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted: Sequence[Network]) -> str:
+def client_address(peer: str | None, headers: Headers, trusted: Sequence[Network]) -> str:
     """Who sent a request: the rightmost address in `X-Forwarded-For` that is no trusted proxy, else the `peer`.
 
     The header counts only if the peer itself is a trusted proxy. Each proxy adds the address that it got the request
@@ -26,8 +27,7 @@ def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted
     """
     if not trusted or not is_in(parse_address(peer), trusted):
         return _shown(peer)
-    values = [value for name, value in headers if name.lower() == "x-forwarded-for"]
-    for entry in reversed(",".join(values).split(",")):
+    for entry in reversed(",".join(headers.getall("x-forwarded-for", ())).split(",")):
         text = _without_port(entry.strip(" \t"))
         address = None if "%" in text else parse_address(text)
         if address is None:

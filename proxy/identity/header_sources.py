@@ -9,7 +9,6 @@ the secret are those of the source's configuration; nothing in the token's own h
 """
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -19,9 +18,8 @@ import jwt
 from proxy.config.loader import HeaderSource, SignedHeader
 from proxy.config.values import is_email, why_no_id
 from proxy.errors import InvalidKey
+from proxy.identity.keys import Headers
 from proxy.policy.key import is_in
-
-Headers = Collection[tuple[str, str]]
 
 _TOKEN_CHARACTERS_MAX = 8192
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
@@ -83,7 +81,7 @@ def refused(reason: str) -> InvalidKey:
 
 def _value(headers: Headers, name: str | None, what: str) -> str | None:
     """The value of a header that may be there once; None if it is not there."""
-    values = [value for header, value in headers if header.lower() == name]
+    values = [] if name is None else headers.getall(name, [])
     if len(values) > 1:
         raise refused(f"{what} sent twice")
     if not values:

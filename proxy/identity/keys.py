@@ -14,13 +14,16 @@ import re
 import secrets
 import string
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from multidict import MultiMapping
 
 from proxy.config.values import digest
 from proxy.errors import InvalidKey
 
-# In lower case.
+# The headers of a request or an answer, whose names are found in any case.
+Headers = MultiMapping[str]
+
 KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 # Longer keys are refused unread. A key of this proxy has about 50 characters, a JSON Web Token up to a few thousand.
 _KEY_CHARACTERS_MAX = 16_384
@@ -83,26 +86,24 @@ def _checksum(text: str) -> str:
     return digits
 
 
-def presented_key(headers: Iterable[tuple[str, str]]) -> str:
+def presented_key(headers: Headers) -> str:
     """The one key in these headers. Raises InvalidKey if there is none, or if two differ.
 
     The key can be in `Authorization: Bearer`, `api-key` or `x-api-key`, also in several of them if it is the same
     key.
     """
     keys, authorizations = set(), set()
-    for name, value in headers:
-        name = name.lower()
-        if name not in KEY_HEADERS:
-            continue
-        key = value = value.strip(_WHITESPACE)
-        if len(value) > _KEY_CHARACTERS_MAX:
-            raise InvalidKey(f"An API key has at most {_KEY_CHARACTERS_MAX} characters.", reason="key too long")
-        if name == "authorization":
-            authorizations.add(value)
-            scheme, _, rest = value.partition(" ")
-            key = rest.strip(_WHITESPACE) if scheme.lower() == "bearer" else ""
-        if key:
-            keys.add(key)
+    for name in KEY_HEADERS:
+        for value in headers.getall(name, ()):
+            key = value = value.strip(_WHITESPACE)
+            if len(value) > _KEY_CHARACTERS_MAX:
+                raise InvalidKey(f"An API key has at most {_KEY_CHARACTERS_MAX} characters.", reason="key too long")
+            if name == "authorization":
+                authorizations.add(value)
+                scheme, _, rest = value.partition(" ")
+                key = rest.strip(_WHITESPACE) if scheme.lower() == "bearer" else ""
+            if key:
+                keys.add(key)
     if not keys:
         raise InvalidKey(
             "You didn't send an API key. Send it as `Authorization: Bearer YOUR_KEY` (or `api-key`, `x-api-key`).",

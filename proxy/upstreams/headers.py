@@ -12,14 +12,12 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
+from proxy.identity.keys import Headers
 from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
-
-# The headers of a request or an answer, whose names are found in any case.
-Headers = MultiMapping[str]
 
 NO_HEADERS: Headers = CIMultiDictProxy(CIMultiDict())
 # Our value of `Server`. By default the HTTP library would name itself and its version.

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.calls.log_line import LogLine
-from proxy.identity.keys import KEY_HEADERS
+from proxy.identity.keys import KEY_HEADERS, Headers
 from proxy.ledger.entry import call_id_prefix
 from proxy.logs import LoggedCalls
 from proxy.metrics import Metrics
-from proxy.upstreams.headers import NO_HEADERS, Headers, trace_id
+from proxy.upstreams.headers import NO_HEADERS, trace_id
 
 _LINES_PER_S = 10
 _LINES_PER_S_IN_ALL = 100

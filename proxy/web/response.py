@@ -15,8 +15,9 @@ from aiohttp import hdrs, web
 from aiohttp.helpers import rfc822_formatted_time
 
 from proxy.calls.log_line import LogLine
+from proxy.identity.keys import Headers
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import SERVER_NAME, Headers, header_lines
+from proxy.upstreams.headers import SERVER_NAME, header_lines
 
 # A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60

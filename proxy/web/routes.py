@@ -216,7 +216,7 @@ class Api:
         self, request: web.Request, handler: Handler, *, shown: str, is_served: bool
     ) -> web.StreamResponse:
         """Answer a request, also if it has an error, and log it. Every request passes here."""
-        address = client_address(request.remote, request.headers.items(), self._trusted_proxies)
+        address = client_address(request.remote, request.headers, self._trusted_proxies)
         line = self._request_log.begin(shown, address=address, headers=request.headers)
         line.is_served = is_served
         request[LOG_LINE] = line
@@ -273,7 +273,7 @@ class Api:
             # calls that the change cuts off were ended before this one could be found.
             while changes != directory.changes:
                 changes = directory.changes
-                caller = await authentication.identify(request.headers.items(), request.remote, line.address)
+                caller = await authentication.identify(request.headers, request.remote, line.address)
         except InvalidKey as error:
             self._relay.metrics.unauthorized(error.reason)
             raise

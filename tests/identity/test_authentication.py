@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.config.loader import FileUser
 from proxy.config.values import digest
@@ -42,7 +43,7 @@ Headers = list[tuple[str, str]]
 
 
 def identify(headers: Headers, authentication: Authentication = AUTHENTICATION) -> Caller:
-    return asyncio.run(authentication.identify(headers, PEER, PEER))
+    return asyncio.run(authentication.identify(CIMultiDict(headers), PEER, PEER))
 
 
 def refused(headers: Headers) -> InvalidKey:
@@ -197,7 +198,7 @@ def test_two_different_keys_are_refused(headers):
     for order in (headers, headers[::-1]):
         assert "two different API keys" in refused(order).message
         with pytest.raises(InvalidKey):
-            presented_key(order)
+            presented_key(CIMultiDict(order))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ async def test_a_snapshot_has_the_users_the_policy_and_the_models_of_one_file(tm
     """The caller's groups are groups of the snapshot's policy."""
     config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
     snapshot = Snapshot.of(config, directory_of(), lambda: NOON)
-    caller = await snapshot.authentication.identify([("api-key", key_of("bob"))], PEER, PEER)
+    caller = await snapshot.authentication.identify(CIMultiDict({"api-key": key_of("bob")}), PEER, PEER)
     assert (caller.user, caller.groups) == ("bob", ("staff",))
     assert snapshot.policy is config.policy
     assert snapshot.catalog is config.catalog

@@ -5,6 +5,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.identity.client_address import client_address, parse_address
 
@@ -13,7 +14,7 @@ PEER = "10.0.0.1"
 
 
 def found(*values: str, peer: str | None = PEER) -> str:
-    return client_address(peer, [("X-Forwarded-For", value) for value in values], TRUSTED)
+    return client_address(peer, CIMultiDict([("X-Forwarded-For", value) for value in values]), TRUSTED)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_the_search_stops_at_what_is_no_address(bad):
 def test_the_header_of_others_is_not_believed(peer):
     """T132: whoever connects without a trusted proxy could write any address there."""
     assert found("1.2.3.4", peer=peer) == peer
-    assert client_address(peer, [("x-forwarded-for", "1.2.3.4")], []) == peer
+    assert client_address(peer, CIMultiDict({"x-forwarded-for": "1.2.3.4"}), []) == peer
 
 
 def test_a_peer_has_one_form():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.config.loader import FileUser, HeaderSource, SignedHeader
 from proxy.config.values import digest
@@ -65,7 +66,7 @@ class Door:
 
     def caller(self, *headers: tuple[str, str], key: str = KEY, peer: str | None = PEER) -> Caller:
         sent = [("authorization", f"Bearer {key}"), *headers]
-        return asyncio.run(self.authentication.identify(sent, peer, peer))
+        return asyncio.run(self.authentication.identify(CIMultiDict(sent), peer, peer))
 
     def refused(self, *headers: tuple[str, str], key: str = KEY, peer: str | None = PEER) -> InvalidKey:
         with pytest.raises(InvalidKey) as caught:
@@ -286,7 +287,7 @@ HEADER = st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES))
 def test_no_combination_of_headers_makes_one_user_another(source, headers, peer):
     """T133 to T136: alice is who has her key, or whom the source itself names by her linked id; nobody else is."""
     try:
-        caller = asyncio.run(Door(source).authentication.identify(headers, peer, PEER))
+        caller = asyncio.run(Door(source).authentication.identify(CIMultiDict(headers), peer, PEER))
     except InvalidKey:
         return
     keys = {
@@ -401,7 +402,7 @@ def tags(key: Key) -> Callable[..., str]:
 
     def sent(*values: str) -> str:
         headers = [("api-key", ALICE_KEY), *(("X-Quota-Tag", value) for value in values)]
-        return asyncio.run(authentication.identify(headers, PEER, PEER)).tag
+        return asyncio.run(authentication.identify(CIMultiDict(headers), PEER, PEER)).tag
 
     return sent
 
@@ -574,7 +575,7 @@ def test_another_source_is_another_user():
         sources=HeaderSources([SOURCE, other]),
     )
     users = [
-        asyncio.run(authentication.identify([("api-key", key), ("x-user", "u1")], PEER, PEER)).user
+        asyncio.run(authentication.identify(CIMultiDict({"api-key": key, "x-user": "u1"}), PEER, PEER)).user
         for key in (KEY, "key-of-the-other-0123456789abcdef")
     ]
     assert users == ["webui:u1", "sso:u1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from proxy.config.loader import Config, FileUser
 from proxy.config.values import digest
@@ -85,7 +86,7 @@ def test_the_models_of_a_key_are_an_own_list(tmp_path: Path):
 def identify(key: Key, groups: tuple[str, ...] = ("staff", "lab"), address: str | None = "10.0.0.7") -> Caller:
     file = FileDirectory([FileUser("alice", groups, {digest(KEY): key})])
     authentication = Authentication(file, directory_of(), group_names=["staff", "lab"], now=lambda: NOON)
-    return asyncio.run(authentication.identify([("api-key", KEY)], "192.0.2.1", address))
+    return asyncio.run(authentication.identify(CIMultiDict({"api-key": KEY}), "192.0.2.1", address))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_key_that_is_not_valid_here_and_now_is_a_401(key, reason):
     with pytest.raises(InvalidKey) as unknown:
         asyncio.run(
             Authentication(FileDirectory([]), directory_of(), group_names=[], now=lambda: NOON).identify(
-                [("api-key", KEY)], "192.0.2.1", "192.0.2.1"
+                CIMultiDict({"api-key": KEY}), "192.0.2.1", "192.0.2.1"
             )
         )
     assert refused.value.reason == reason

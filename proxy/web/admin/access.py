@@ -161,7 +161,7 @@ class Access:
         self.check_url(request, is_known=False)
         await self._check_open()
         if _has_key(request) or COOKIE not in request.headers.get(hdrs.COOKIE, ""):
-            admin, _, _ = await self._by_key(request, presented_key(request.headers.items()))
+            admin, _, _ = await self._by_key(request, presented_key(request.headers))
             login = Login(admin)
         else:
             login = await self._by_cookie(request)
@@ -174,7 +174,7 @@ class Access:
         self.check_url(request, is_known=False)
         await self._check_open()
         if key is None or _has_key(request):
-            key = presented_key(request.headers.items())
+            key = presented_key(request.headers)
         else:
             # Else a page could log its visitor in as somebody else, and see what that visitor then enters.
             self.check_same_origin(request)
