@@ -525,13 +525,23 @@ async def test_an_operation_that_cannot_be_applied_fails_alone(ledger, path, kin
     operations += [Settle("1", exactly(90, 60), "complete"), Release("2"), Expire("3")]
     operations.insert(index, INVALID[kind]())
     with capture_logs() as logs:
-        answers = await asyncio.gather(*(ledger.end(operation) for operation in operations), return_exceptions=True)
+        answers = await asyncio.gather(*(_asked(ledger, each) for each in operations), return_exceptions=True)
     assert isinstance(answers.pop(index), LedgerUnavailable)
     assert {type(answer) for answer in answers} == {Accepted}
     assert [(line["event"], line["log_level"]) for line in logs] == [("an act could not be booked", "error")]
     assert "".join(state[0] for state in states(path).values()) == "osreooo"
     assert ledger.is_healthy
     audit(path)
+
+
+async def _asked(ledger: Ledger, operation: Operation) -> Reply:
+    """The answer to an operation, which is asked for as calls do it."""
+    match operation:
+        case Reserve():
+            return await ledger.reserve(operation)
+        case Extend():
+            return await ledger.extend(operation)
+    return await ledger.end(operation)
 
 
 async def test_a_failed_operation_whose_caller_was_cancelled_is_only_logged(ledger, path):
