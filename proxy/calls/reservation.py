@@ -41,12 +41,13 @@ COMMIT_WAIT_S = 2.0
 # How many tokens a hold grows by. At 100 tokens a second that is one commit (2 ms) every ten seconds. A smaller step
 # costs more commits, a larger one holds more than the answer may need.
 HOLD_STEP = 1024
-# How far our own count may exceed the maximum that was sent to the upstream, once the maximum is held in full: twice
-# the maximum plus 64 tokens. The upstream is expected to keep to its maximum, but it counts with its own tokenizer,
-# and ours may find twice as many tokens in the same text. Example: `max_tokens: 100` was sent, and 100 are held. At
-# 101 by our count 64 more are held if there is room for them, and the ledger is not asked again before 265. Our
-# count says 180 while the upstream has counted 95: the stream goes on. At 265 by our count the upstream has evidently
-# ignored the maximum. All that it sends from then on is held, and without room the stream is ended.
+# How far our own count may exceed the maximum that was sent to the upstream if there is no room to hold the excess:
+# twice the maximum plus 64 tokens. The upstream is expected to keep to its maximum, but it counts with its own
+# tokenizer, and ours may find twice as many tokens in the same text. Example: `max_tokens: 100` was sent, and 100
+# tokens are held. Our count says 180 while the upstream has counted 95: the stream goes on. At 265 by our count the
+# upstream has evidently ignored the maximum, and the stream is ended. If there is room, the excess is held, because
+# no more than the hold is charged if the upstream states no usage: here up to 264 tokens at once, so that an upstream
+# that counts differently costs one commit.
 _MISCOUNT_FACTOR = 2
 _MISCOUNT_TOKENS = 64
 
@@ -106,24 +107,26 @@ class Reservation:
         seen, maximum = self.meter.output_seen, self.entry.maximum
         is_beyond_maximum = maximum is not None and max(self.covered, seen) > maximum
         try:
-            is_held = await self._extend(queue, self._held_input(), wait_s=0)
-            if not is_held:
-                # The input may still be held by its bytes, which is about four times too much for prose. Counting it
-                # gives the difference to the answer before the stream is made to wait or is ended.
-                held_input = min(self._held_input(), await self._count.input_upper_bound())
-                # Beyond the maximum it does not wait: the upstream is expected to end by itself, held or not.
-                wait_s = 0 if is_beyond_maximum else wait_s
-                is_held = await self._extend(queue, held_input, wait_s=wait_s, is_disconnected=is_disconnected)
+            if await self._extend(queue, self._held_input(), wait_s=0):
+                return True
+            # The input may still be held by its bytes, which is about four times too much for prose. Counting it
+            # gives the difference to the answer before the stream is made to wait or is ended.
+            held_input = min(self._held_input(), await self._count.input_upper_bound())
+            # Beyond the maximum it does not wait: the upstream is expected to end by itself, held or not.
+            wait_s = 0 if is_beyond_maximum else wait_s
+            if await self._extend(queue, held_input, wait_s=wait_s, is_disconnected=is_disconnected):
+                return True
         except LedgerUnavailable:
             if self._has_lease_lapsed:
                 return False
             self._unheld_allowance = self._wanted_output()
             self._note_hold()
             return True
-        if maximum is not None and seen > maximum <= self.entry.hold.output:
-            self._miscount_allowance = _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS
-            self._note_hold()
-        return is_held or seen <= self._miscount_allowance
+        if maximum is None or self.entry.hold.output < maximum:
+            return False
+        self._miscount_allowance = _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS
+        self._note_hold()
+        return seen <= self._miscount_allowance
 
     async def hold_whole_answer(self, queue: AdmissionQueue) -> bool:
         """Hold all of an answer that came whole although a stream was requested. False if there is no room for it.
@@ -148,11 +151,14 @@ class Reservation:
         return self._ledger.lapses != self._lapses
 
     def _wanted_output(self) -> int:
-        """How much output to hold, in tokens: what was seen and HOLD_STEP, but within the maximum if there is one."""
+        """How much output to hold, in tokens: what was seen and HOLD_STEP.
+
+        If there is a maximum, that is at most the maximum; beyond it, what our count may exceed it by; beyond that,
+        any number.
+        """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        if maximum is None or seen > _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS:
-            return min(seen + HOLD_STEP, TOKENS_MAX)
-        return min(seen + HOLD_STEP, maximum) if seen <= maximum else seen + _MISCOUNT_TOKENS
+        bounds = () if maximum is None else (maximum, _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS)
+        return min(seen + HOLD_STEP, next((bound for bound in bounds if seen <= bound), TOKENS_MAX))
 
     async def _extend(
         self,
