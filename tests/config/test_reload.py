@@ -13,8 +13,7 @@ from proxy.config.document import Diagnostic
 from proxy.config.loader import BadConfig, Config, ConfigFile, Fingerprint
 from proxy.config.reload import Changes, Policies
 from proxy.config.values import digest
-from proxy.identity.authentication import Authentication
-from proxy.identity.directory import User, UserId
+from proxy.identity.authentication import Authentication, Caller
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
 from tests.builders import NOON
@@ -302,14 +301,14 @@ async def test_a_reload_during_authentication_changes_nothing_for_that_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user and the policy are of the same file. The new policy does not have the old user's group."""
-    is_looked_up, go_on, look_up = asyncio.Event(), asyncio.Event(), Authentication._find_user
+    is_looked_up, go_on, look_up = asyncio.Event(), asyncio.Event(), Authentication.identify
 
-    async def slowly(self: Authentication, identity: UserId) -> User | None:
+    async def slowly(self: Authentication, *request: Any) -> Caller:
         is_looked_up.set()
         await go_on.wait()
-        return await look_up(self, identity)
+        return await look_up(self, *request)
 
-    monkeypatch.setattr(Authentication, "_find_user", slowly)
+    monkeypatch.setattr(Authentication, "identify", slowly)
     async with stage(folder=tmp_path) as on, asyncio.TaskGroup() as tasks:
         old = tasks.create_task(on.get("/v1/quota"))
         await is_looked_up.wait()
