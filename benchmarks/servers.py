@@ -40,6 +40,7 @@ daemon off; worker_processes 1; worker_rlimit_nofile 16384; pid nginx.pid; error
 events {{ worker_connections 8192; }}
 http {{
     access_log off; default_type application/json; keepalive_requests 1000000000; {temporary}
+    client_body_buffer_size 1m;
     {server}
 }}
 """
