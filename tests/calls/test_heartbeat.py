@@ -286,6 +286,13 @@ async def test_the_sdk_reads_a_stream_that_begins_with_comments(tmp_path: Path) 
         assert [chunk.choices[0].delta.content for chunk in chunks] == ["x", None]
 
 
+async def test_a_client_that_waits_for_the_body_of_an_error_gets_no_heartbeat(tmp_path: Path) -> None:
+    """The head of a stream would take the status of the error from it."""
+    head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    async with _silent(tmp_path, head=head) as (on, _), _stream(on, _ask()) as response:
+        assert response.status == 400
+
+
 async def test_a_whole_answer_after_the_head_follows_as_it_is(tmp_path: Path) -> None:
     """As after the head of an upstream that promised a stream. It is charged by its usage."""
     body = b'{"choices": [], ' + USAGE

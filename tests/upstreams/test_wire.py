@@ -275,6 +275,30 @@ async def test_headers_are_handed_out_as_they_came() -> None:
         assert answer.headers["X-Text"] == "caf\udce9 é"
 
 
+@on_both_loops
+async def test_what_takes_a_body_may_cancel_whoever_waits_for_its_end() -> None:
+    """As the call of a client that has disconnected. Nothing is raised into the event loop."""
+    loop, go_on, taken, raised = asyncio.get_running_loop(), asyncio.Event(), bytearray(), list[Any]()
+    loop.set_exception_handler(lambda _, context: raised.append(context))
+
+    async def answer(number: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await go_on.wait()
+        writer.write(b"1\r\nb\r\n1\r\nc\r\n")
+
+    def take(chunk: bytes) -> bool:
+        taken.extend(chunk)
+        return b"b" not in chunk or not reading.cancel()
+
+    async with wire(answer) as (server, upstreams), await upstreams.send(server.up, "/x", b"{}", {}) as found:
+        reading = loop.create_task(found.pass_on(take))
+        await until(lambda: taken == b"a")
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert not raised
+
+
 # ----------------------------------------------------------------------------------------------------- broken answers
 
 
