@@ -425,6 +425,7 @@ async def test_complete_answers_are_charged_exactly_after_ten_kills(tmp_path: Pa
                     tasks.create_task(clients.call_until_broken(http, proxy.url))
                 chunks = simulator.chunks_sent + rng.randint(1, 600)
                 await simulator.until(lambda: simulator.chunks_sent >= chunks)  # noqa: B023
+                await until(lambda: len(clients.complete) > number + 1)  # noqa: B023 - slower than the simulator
                 proxy.process.kill()
             lost |= _in_flight(tmp_path / "quotas.db", tmp_path / f"killed-{number}")
     await runner.cleanup()
