@@ -144,7 +144,6 @@ class Answer:
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
-        await self.wait_for_body()
         beginning = bytearray().join(self._beginning)
         while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
             chunk = await self._next()
@@ -175,7 +174,7 @@ class Answer:
         return None
 
     def next_chunk(self) -> Awaitable[bytes]:
-        """Wait for the next bytes of the body, decompressed. None are left if it gives none.
+        """Wait for the next bytes of the body, decompressed. They are empty at its end.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
         begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.

@@ -94,7 +94,7 @@ class BodyMemory:
 
 
 class BodyShare:
-    """The memory of one body, of which it has `size` bytes. `check_large` is called once before a large body is read.
+    """The memory of one body: `size` bytes are held. `check_large` is called once before a large body is read.
 
     `free` must be called on every path, and may be called more than once.
     """

@@ -23,7 +23,7 @@ from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path, served_instead
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
-from proxy.web.response import WholeAnswer, whole_answer
+from proxy.web.response import whole_answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -70,7 +70,7 @@ def validate_request(request: web.Request) -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def response_to(error: Exception, request: web.Request) -> web.Response | WholeAnswer:
+def response_to(error: Exception, request: web.Request) -> web.StreamResponse:
     """The response to an exception of the handler, in the shape of the API that was addressed."""
     match error:
         case ProxyError():
@@ -99,7 +99,7 @@ async def not_served(request: web.Request) -> web.StreamResponse:
     raise _not_served(request)
 
 
-def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response | WholeAnswer:
+def error_response(error: ProxyError, request: web.BaseRequest) -> web.StreamResponse:
     """The response for an error, with the request's id if it has one."""
     # `add_server_name` is not called for what the listener answers by itself.
     headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}

@@ -31,7 +31,7 @@ _WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 def whole_answer(
     request: web.BaseRequest, status: int, headers: Mapping[str, str], body: bytes
-) -> "web.Response | WholeAnswer":
+) -> web.StreamResponse:
     """A response to this request that is sent as a whole. The handler returns it."""
     if request.version != (1, 1) or request.method == hdrs.METH_HEAD or status in _WITHOUT_BODY:
         return web.Response(status=status, headers=headers, body=body)
