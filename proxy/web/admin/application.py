@@ -49,7 +49,13 @@ class Admin:
         self._page = Page("admin", path=PAGE_PATH, files=PAGE_PATH.rstrip("/"))
         self._rows = [
             *operations,
-            reads("/openapi.json", self._document, "Show this OpenAPI document.", dict[str, object], roles=ALL_ROLES),
+            reads(
+                "/openapi.json",
+                self._document,
+                "Show this OpenAPI document.",
+                answer=dict[str, object],
+                roles=ALL_ROLES,
+            ),
         ]
         self._document_bytes = b""
 
