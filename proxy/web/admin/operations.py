@@ -313,7 +313,7 @@ class Operations:
         elif request.content_type != JSON:
             raise Problem("unsupported-type", f"Send the body as JSON, with Content-Type: {JSON}.")
         else:
-            share = BodyShare(self._memory, admin.name, _nothing)
+            share = BodyShare(self._memory, admin.name, None)
             try:
                 data = await read_body(request, self._limits, share, bytes_max=operation.body_bytes_max)
             finally:
@@ -343,10 +343,6 @@ class Operations:
 
 # Who asks for an operation that needs no key.
 _NOBODY = Login(Admin("", "viewer"))
-
-
-async def _nothing() -> None:
-    pass
 
 
 def _query_of(operation: Operation, request: web.Request) -> Fields:
