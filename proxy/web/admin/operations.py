@@ -104,19 +104,18 @@ class AdminRequest(Generic[Q, B]):
     None: all. `raw` is the server library's request, for handlers that read or write it themselves.
     """
 
-    admin: Admin
+    login: Login
     path: Mapping[str, str]
     query: Q
     body: B
     author: Author
     conditions: Conditions
     raw: web.Request
-    login: Login
 
     @property
     def groups(self) -> Collection[str] | None:
         """The groups to which the answer is to be restricted; None: all."""
-        return self.admin.restricted_to
+        return self.login.admin.restricted_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,16 +279,8 @@ class Operations:
             raise Problem("bad-request", "This operation takes no body.")
         if conditions.idempotency_key is not None:
             conditions = _with_fingerprint(conditions, request, body)
-        asked = AdminRequest(
-            admin=login.admin,
-            path=dict(request.match_info),
-            query=query,
-            body=body,
-            author=Author(f"admin:{login.admin.name}", request[LOG_LINE].address, request[REQUEST_ID]),
-            conditions=conditions,
-            raw=request,
-            login=login,
-        )
+        author = Author(f"admin:{login.admin.name}", request[LOG_LINE].address, request[REQUEST_ID])
+        asked = AdminRequest(login, dict(request.match_info), query, body, author, conditions, request)
         result = await operation.handler(asked)
         if operation.is_change and not conditions.is_trial:
             await self._after_change()
@@ -300,7 +291,7 @@ class Operations:
         if not operation.roles:
             return _NOBODY
         login = await self._access.identify(request)
-        if login.is_session and operation.method != hdrs.METH_GET:
+        if login.expires_at is not None and operation.method != hdrs.METH_GET:
             self._access.check_same_origin(request)
         if login.admin.role not in operation.roles:
             raise Problem("forbidden", f"A {login.admin.role} may not do this: ask an administrator.")
@@ -332,9 +323,7 @@ class Operations:
         if isinstance(result, web.StreamResponse):
             return result
         answer = result if isinstance(result, Answer) else Answer(result)
-        headers = dict(answer.headers)
-        if answer.etag is not None:
-            headers["etag"] = answer.etag
+        headers = {**answer.headers, **({} if answer.etag is None else {"etag": answer.etag})}
         if operation.answer is None:
             return web.Response(status=operation.status, headers=headers)
         body = self._adapters[operation.id].dump_json(answer.value)

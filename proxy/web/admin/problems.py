@@ -46,8 +46,12 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "unavailable": (503, "The database can't be reached"),
     "too-many-streams": (503, "Too many streams of events are open"),
 }
+# The problems for changes that are refused. Of all others, a field is wrong.
+_BY_REFUSAL = {NotFound: "not-found", Conflict: "conflict", PreconditionFailed: "precondition-failed"}
 # The problems for other errors of the proxy, which know only their status.
 _BY_STATUS = {400: "bad-request", 404: "not-found", 408: "timeout", 413: "too-large", 415: "unsupported-type"}
+# What is said instead of pydantic's text.
+_MESSAGES = {"extra_forbidden": "there is no such field", "missing": "this is missing"}
 _ERRORS_MAX = 20
 _NAME_MAX = 100
 _RETRY_AFTER_S = 5
@@ -118,7 +122,11 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         problem = problem_of(error)
         if problem.code == "internal":
             log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
-        response = _response(problem, request)
+        response = web.Response(
+            status=problem.status,
+            headers={**problem.headers, "content-type": CONTENT_TYPE},
+            body=orjson.dumps(problem.details(request.get(REQUEST_ID, ""))),
+        )
         # As `middleware.response_to` does: it is unknown where the next request begins.
         if (isinstance(error, ProxyError) and error.closes) or hdrs.EXPECT in request.headers:
             response.force_close()
@@ -135,7 +143,7 @@ def problem_of(error: Exception) -> Problem:
         case Problem():
             return error
         case ChangeRefused():
-            return Problem(_code_of(error), _sentence(str(error)), field=error.field)
+            return Problem(_BY_REFUSAL.get(type(error), "validation"), _sentence(str(error)), field=error.field)
         case ValidationError():
             return invalid("validation", error)
         case StoreRefused():
@@ -177,31 +185,11 @@ def _field_errors(error: ValidationError) -> Iterator[FieldError]:
 
 
 def _text(detail: ErrorDetails) -> str:
-    context = detail.get("ctx", {})
     if detail["type"] == "value_error":  # of one of our own rules
-        return str(context["error"])
-    return {
-        "extra_forbidden": "there is no such field",
-        "missing": "this is missing",
-    }.get(detail["type"], detail["msg"])
-
-
-def _code_of(error: ChangeRefused) -> str:
-    match error:
-        case NotFound():
-            return "not-found"
-        case Conflict():
-            return "conflict"
-        case PreconditionFailed():
-            return "precondition-failed"
-    return "validation"
+        return str(detail["ctx"]["error"])
+    return _MESSAGES.get(detail["type"], detail["msg"])
 
 
 def _sentence(text: str) -> str:
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _response(problem: Problem, request: web.Request) -> web.Response:
-    body = orjson.dumps(problem.details(request.get(REQUEST_ID, "")))
-    return web.Response(status=problem.status, headers={**problem.headers, "content-type": CONTENT_TYPE}, body=body)

@@ -220,7 +220,7 @@ class Quotas(Resource):
         return PolicyAdministration(self._changes(request), self._policies.file)
 
     def _granting(self, request: AdminRequest[Any, Any]) -> GrantAdministration:
-        admin = request.admin
+        admin = request.login.admin
         up_to = admin.grant_up_to if admin.role == "manager" else None
         return GrantAdministration(self._changes(request), self._policies.config, up_to, request.groups)
 

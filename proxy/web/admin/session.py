@@ -88,8 +88,8 @@ class Sessions:
         return self._answer(request.login, request.raw)
 
     async def _begin(self, request: AdminRequest[NoQuery, Credentials]) -> Answer[SessionAnswer]:
-        new = await self._access.log_in(request.raw, request.body.key)
-        return Answer(self._answer(new.login, request.raw), headers={"set-cookie": new.cookie})
+        login, cookie = await self._access.log_in(request.raw, request.body.key)
+        return Answer(self._answer(login, request.raw), headers={"set-cookie": cookie})
 
     async def _end(self, request: AdminRequest[NoQuery, None]) -> Answer[None]:
         return Answer(None, headers={"set-cookie": await self._access.log_out(request.raw)})
