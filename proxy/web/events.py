@@ -37,7 +37,7 @@ from proxy.ledger.replicas import AuditedChange
 from proxy.policy.amounts import NO_AMOUNT
 from proxy.policy.policy import EVERYONE
 from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
-from proxy.web.middleware import REQUEST_ID
+from proxy.web.middleware import LOG_LINE
 from proxy.web.response import HEARTBEAT
 
 TICK_S = 0.2
@@ -315,8 +315,7 @@ class Events:
         """
         if self._is_closing or not self._has_room_for(sees.user):
             raise TooManyStreams
-        id = {"x-request-id": request[REQUEST_ID]} if REQUEST_ID in request else {}
-        response = web.StreamResponse(headers={**_HEADERS, **id})
+        response = web.StreamResponse(headers={**_HEADERS, "x-request-id": request[LOG_LINE].request_id})
         self._streams[sees.user] += 1
         self._begin_collecting()
         try:

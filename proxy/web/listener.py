@@ -47,7 +47,7 @@ from proxy.formats.strict_json import dump
 from proxy.identity.client_address import shared_address
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME, header_lines
 from proxy.upstreams.network import keep_alive
-from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, Handler, error_response
+from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, Handler, error_response
 from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
@@ -436,7 +436,6 @@ class Connection(web.RequestHandler):
             error = InternalError()
         if request.get(LOG_LINE) is None:  # else a middleware writes the line
             line = request[LOG_LINE] = self._new_line(error)
-            request[REQUEST_ID] = line.request_id
             self._connections.request_log.write(line, error.status)
         response = error_response(error, request)
         response.force_close()

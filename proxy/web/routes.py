@@ -64,7 +64,6 @@ from proxy.web.listener import note_valid_key, when_lost
 from proxy.web.middleware import (
     IS_OUTSIDE_PREFIX,
     LOG_LINE,
-    REQUEST_ID,
     Handler,
     add_server_name,
     json_response,
@@ -224,7 +223,6 @@ class Api:
         line = self._request_log.begin(shown, address=address, headers=request.headers)
         line.is_served = is_served
         request[LOG_LINE] = line
-        request[REQUEST_ID] = line.request_id
         response: web.StreamResponse | None = None
         try:
             if request.method == hdrs.METH_OPTIONS:

@@ -24,7 +24,8 @@ from proxy.policy.windows import Window
 from proxy.web import events as module
 from proxy.web.events import LINGER_MS, Bounds, Events, Filter
 from proxy.web.exchange import Exchange
-from tests.builders import HOUR, NOON, amount, binding, quota
+from proxy.web.middleware import LOG_LINE
+from tests.builders import HOUR, NOON, amount, binding, log_line, quota
 from tests.calls.test_activity import Process, refuse
 from tests.events import Reader
 from tests.stage import stage
@@ -57,6 +58,7 @@ class Proxy:
         self.ended = asyncio.Event()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        request[LOG_LINE] = log_line()
         try:
             return await self.events.stream(request, self.sees, check=self.check)
         except TooManyStreams:

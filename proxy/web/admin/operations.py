@@ -41,7 +41,7 @@ from proxy.web.admin.access import Access, Login
 from proxy.web.admin.problems import Problem, invalid, method_not_allowed
 from proxy.web.body import defer_continue, read_body
 from proxy.web.body_memory import REQUEST_BYTES_MAX, BodyMemory, BodyShare
-from proxy.web.middleware import LOG_LINE, REQUEST_ID
+from proxy.web.middleware import LOG_LINE
 
 API = "/admin/api"
 BODY_BYTES_MAX = 2**20
@@ -279,7 +279,8 @@ class Operations:
             raise Problem("bad-request", "This operation takes no body.")
         if conditions.idempotency_key is not None:
             conditions = _with_fingerprint(conditions, request, body)
-        author = Author(f"admin:{login.admin.name}", request[LOG_LINE].address, request[REQUEST_ID])
+        line = request[LOG_LINE]
+        author = Author(f"admin:{login.admin.name}", line.address, line.request_id)
         asked = AdminRequest(login, dict(request.match_info), query, body, author, conditions, request)
         result = await operation.handler(asked)
         if operation.is_change and not conditions.is_trial:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from proxy.administration.change import ChangeRefused, Conflict, NotFound, PreconditionFailed
 from proxy.errors import InvalidKey, ProxyError, Unavailable, drop_frames
 from proxy.ledger.store import StoreRefused, StoreUnavailable
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler
+from proxy.web.middleware import LOG_LINE, Handler
 
 # Problems have paths below this one as their types. They are names and are not served.
 TYPES = "/admin/api/problems/"
@@ -116,23 +116,22 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except Exception as error:
+        line = request[LOG_LINE]
         if request.writer.output_size > 0:  # a stream has begun, so there can't be another answer: it is cut off
-            log.error("an answer was cut off", exc_info=error, request=request.get(REQUEST_ID))
+            log.error("an answer was cut off", exc_info=error, request=line.request_id)
             raise
         problem = problem_of(error)
         if problem.code == "internal":
-            log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
+            log.error("a request failed", exc_info=error, request=line.request_id)
         response = web.Response(
             status=problem.status,
             headers={**problem.headers, "content-type": CONTENT_TYPE},
-            body=orjson.dumps(problem.details(request.get(REQUEST_ID, ""))),
+            body=orjson.dumps(problem.details(line.request_id)),
         )
         # As `middleware.response_to` does: it is unknown where the next request begins.
         if (isinstance(error, ProxyError) and error.closes) or hdrs.EXPECT in request.headers:
             response.force_close()
-        line = request.get(LOG_LINE)
-        if line is not None:
-            line.error = error if isinstance(error, InvalidKey) else problem  # which has the reason for the log
+        line.error = error if isinstance(error, InvalidKey) else problem  # which has the reason for the log
         drop_frames(error)
         return response
 
