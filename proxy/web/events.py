@@ -23,6 +23,7 @@ import asyncio
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -349,8 +350,10 @@ class Events:
             published = self._published
             data, position = self._next(position, sees)
             if not data:
-                if await _is_set_in(published, self._bounds.heartbeat_s - (loop.time() - written_s)):
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._bounds.heartbeat_s - (loop.time() - written_s)):
+                        await published.wait()
+                        continue
                 data = HEARTBEAT
             written_s = loop.time()
             for first in range(0, len(data), _PIECE_BYTES):
@@ -459,13 +462,3 @@ def _fragments(texts: Iterable[bytes]) -> list[orjson.Fragment]:
 
 def _event(name: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
-
-
-async def _is_set_in(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for an event for so many seconds, and say whether it was set."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -220,9 +220,8 @@ class Api:
     ) -> web.StreamResponse:
         """Answer a request, also if it has an error, and log it. Every request passes here."""
         address = client_address(request.remote, request.headers, self._trusted_proxies)
-        line = self._request_log.begin(shown, address=address, headers=request.headers)
+        line = request[LOG_LINE] = self._request_log.begin(shown, address=address, headers=request.headers)
         line.is_served = is_served
-        request[LOG_LINE] = line
         response: web.StreamResponse | None = None
         try:
             if request.method == hdrs.METH_OPTIONS:

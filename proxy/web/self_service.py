@@ -79,7 +79,10 @@ class SelfService:
             raise InvalidRequest("`by` must be day or model.", param="by")
         async with self._ledger.read() as connection:
             found = await usage(connection, _DIMENSIONS[by], Asked(since, where={"user": caller.user}))
-        data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=by_time_or_tokens)]
+        data = [
+            {by: _day(value) if isinstance(value, int) else value, **asdict(used)}
+            for value, used in sorted(found.items(), key=by_time_or_tokens)
+        ]
         return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
@@ -151,10 +154,6 @@ def _since(text: str, now: int) -> int:
         raise InvalidRequest(
             "`since` must be a number of days such as 30d, or a day such as 2026-11-01.", param="since"
         ) from None
-
-
-def _value(value: str | int) -> str:
-    return _day(value) if isinstance(value, int) else value
 
 
 def _day(at: int) -> str:

@@ -84,8 +84,7 @@ class Admin:
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         address = client_address(request.remote, request.headers, self._settings.trusted_proxies)
-        line = self._request_log.begin(_shown(request), address=address, headers=request.headers)
-        request[LOG_LINE] = line
+        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=address, headers=request.headers)
         status = None
         try:
             response = await handler(request)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from aiohttp import hdrs
 from pydantic import Field, WithJsonSchema, create_model
 
 from proxy.administration.change import ChangeRefused, NotFound
@@ -194,8 +195,8 @@ class Quotas(Resource):
             edits("PUT", group, self._set_group, "Change a group."),
             edits("DELETE", group, self._delete_group, "Delete a group with its quotas."),
             reads(f"{group}/members", self._members, "List the members of a group.", **seen),
-            changes("PUT", member, self._add_member, "Put a user into a group."),
-            changes("DELETE", member, self._remove_member, "Take a user out of a group."),
+            changes("PUT", member, self._set_member, "Put a user into a group."),
+            changes("DELETE", member, self._set_member, "Take a user out of a group."),
             reads("/quotas", self._quotas, "List the quotas.", **seen),
             edits(
                 *("PUT", "/quotas", self._set_model, "Replace the quotas for one model, in all groups."),
@@ -260,14 +261,9 @@ class Quotas(Resource):
         page = await self._directory(request).users(request.query.paging, group=_group_of(request))
         return Page(tuple(map(UserAnswer.of, page.data)), page.next)
 
-    async def _add_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
-        return await self._set_member(request, is_member=True)
-
-    async def _remove_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
-        return await self._set_member(request, is_member=False)
-
-    async def _set_member(self, request: AdminRequest[ChangeQuery, None], *, is_member: bool) -> UserAnswer:
+    async def _set_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
         directory, user = self._user_of(request)
+        is_member = request.raw.method == hdrs.METH_PUT  # else DELETE
         return UserAnswer.of(await directory.set_member(request.path["group"], user, is_member=is_member))
 
     # Quotas
@@ -312,12 +308,8 @@ class Quotas(Resource):
 
     async def _grants(self, request: AdminRequest[GrantQuery, None]) -> Page[GrantRecord]:
         query = request.query
-        return await self._granting(request).grants(
-            quota=query.quota,
-            user=query.user,
-            ended=query.ended,
-            paging=query.paging,
-        )
+        granting = self._granting(request)
+        return await granting.grants(quota=query.quota, user=query.user, ended=query.ended, paging=query.paging)
 
     async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:
         return await self._granting(request).grant(request.path["id"])
@@ -328,12 +320,10 @@ class Quotas(Resource):
         if user is not None:
             directory = self._directory(request)
             identity = directory.resolve(user)
-            if identity.source in (FILE, DATABASE):
-                identity = (await self._visible(request, identity)).identity
-            else:
-                # The groups that a header source sends come with each request, so anyone may be a member.
-                identity = (await directory.user(identity)).identity
-            user = identity.subject
+            # The groups that a header source sends come with each request, so anyone may be a member.
+            is_listed = identity.source in (FILE, DATABASE)
+            found = await (self._visible(request, identity) if is_listed else directory.user(identity))
+            user = found.identity.subject
         return await self._granting(request).create(
             NewGrant(body.quota, user, body.measure, body.amount, body.until, body.reason)
         )
