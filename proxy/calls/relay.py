@@ -430,7 +430,6 @@ async def _read_to_end(answer: Answer) -> None:
     """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
     try:
         async with asyncio.timeout(_READ_TO_END_S):
-            while await answer.next_chunk():
-                pass
+            await answer.pass_on(lambda _: True)
     except (UpstreamError, TimeoutError):
         pass  # the connection is closed instead

@@ -8,11 +8,12 @@ one would send our key to whatever address a redirect names, the other one user'
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
-from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
+from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
 from proxy.formats.sse import begins_with_event, is_cut_off_event
@@ -75,16 +76,13 @@ class Answer:
         self.is_event_stream = content_type.strip().lower() == "text/event-stream"
         self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
         self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
-        self.is_compressed, self.is_readable = False, True
+        self.is_compressed = False
         # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
         if "content-encoding" in headers or "transfer-encoding" in headers:
             codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-            encoding = _encoding_of(codings)
-            self.is_compressed = encoding != ""
-            self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
-            if self.is_compressed and self.is_readable:
-                decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
-                self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
+            if encoding := _encoding_of(codings):
+                self.is_compressed = True
+                self._next = partial(anext, _decompressed(exchange, encoding), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
         self._exchange = exchange
@@ -119,18 +117,6 @@ class Answer:
         if self.status // 100 == 3 and (server := _SERVER.match(self.headers.get("location", ""))):
             return f"status {self.status}, to {server[1]}{server[2]}"
         return f"status {self.status}"
-
-    async def is_decodable(self) -> bool:
-        """Whether a compressed body can be decompressed, as far as its first bytes show. Raises like `chunks`.
-
-        It waits for them, because another upstream can be asked only before anything has passed to the client.
-        """
-        try:
-            if self.is_readable:
-                await self.wait_for_body()
-        except UpstreamUnreadable:
-            return False
-        return self.is_readable
 
     async def wait_for_body(self) -> None:
         """Wait for the first bytes of the body. Raises like `chunks`, which hands them out after this as well."""
@@ -173,13 +159,14 @@ class Answer:
             self._next = partial(_raise, error)
         return None
 
-    def next_chunk(self) -> Awaitable[bytes]:
+    async def next_chunk(self) -> bytes:
         """Wait for the next bytes of the body, decompressed. They are empty at its end.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
-        begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
+        begin in time, and UpstreamUnreadable if it does not begin in an encoding that is known and that its header
+        names.
         """
-        return _given(self._beginning.pop(0)) if self._beginning else self._next()
+        return self._beginning.pop(0) if self._beginning else await self._next()
 
     async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
         """Call `take` with the bytes of the body as they arrive, decompressed.
@@ -187,10 +174,12 @@ class Answer:
         Returns True as soon as `take` returns False: the rest can be read later. Returns False at the body's end.
         Raises like `next_chunk`.
         """
-        while chunk := await self.next_chunk():
-            if not take(chunk) or not (self._beginning or self.is_compressed or await self._exchange.push(take)):
+        while self._beginning or self.is_compressed:
+            if not (chunk := await self.next_chunk()):
+                return False
+            if not take(chunk):
                 return True
-        return False
+        return await self._exchange.pass_on(take)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
@@ -199,11 +188,9 @@ class Answer:
 
     async def read(self) -> bytes:
         """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
-        body, self._beginning = bytearray().join(self._beginning), []
-        while chunk := await self._next():
-            body += chunk
-            if len(body) > ANSWER_BYTES_MAX:
-                raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
+        body = bytearray()
+        if await self._read_into(body, ANSWER_BYTES_MAX):
+            raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
         return bytes(body)
 
     async def error_body(self) -> bytes:
@@ -211,22 +198,22 @@ class Answer:
 
         It is read once and kept, so it can be asked for again after the connection was closed.
         """
-        if self._error_body is not None:
-            return self._error_body
-        body = bytearray()
-        if not self.is_readable:
-            self._error_body = b""
-            return b""
-        try:
-            async with asyncio.timeout(_ERROR_S):
-                async for chunk in self.chunks():
-                    body += chunk
-                    if len(body) > _ERROR_BYTES_MAX:
-                        break
-        except (UpstreamError, TimeoutError):
-            pass
-        self._error_body = bytes(body)
+        if self._error_body is None:
+            body = bytearray()
+            with suppress(UpstreamError, TimeoutError):
+                async with asyncio.timeout(_ERROR_S):
+                    await self._read_into(body, _ERROR_BYTES_MAX)
+            self._error_body = bytes(body)
         return self._error_body
+
+    async def _read_into(self, body: bytearray, bytes_max: int) -> bool:
+        """Append the body. Returns whether it has more than `bytes_max` bytes, of which the rest is not read."""
+
+        def take(chunk: bytes) -> bool:
+            body.extend(chunk)
+            return len(body) <= bytes_max
+
+        return await self.pass_on(take)
 
 
 class Upstreams:
@@ -283,13 +270,8 @@ class Upstreams:
             answer = Answer(exchange, mask, fetched_key)
             if answer.status == 401 and fetched_key is not None:
                 self.credentials.note_rejected(upstream, fetched_key)
-            if answer.is_compressed and answer.status // 100 == 2 and not await answer.is_decodable():
-                raise UpstreamUnreadable(
-                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                    "or named a compression that it did not use. The operator of this proxy has to turn that "
-                    "compression off.",
-                    was_sent=False,
-                )
+            if answer.is_compressed and answer.status // 100 == 2:
+                await answer.wait_for_body()  # because now another upstream can still be asked
         except BaseException:
             exchange.end()
             raise
@@ -332,20 +314,17 @@ def _encoding_of(codings: list[str]) -> str:
     return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
 
 
-async def _given(chunk: bytes) -> bytes:
-    return chunk
-
-
 async def _raise(error: UpstreamError) -> bytes:
     raise error
 
 
 # No method of Answer, so that an answer that is given up halfway is no cycle of references.
-async def _decompressed(read: Callable[[], Awaitable[bytes]], decoder: BodyDecoder) -> AsyncIterator[bytes]:
-    """The bytes of a compressed body. Raises what `read` does, and UpstreamUnreadable if it does not begin well."""
+async def _decompressed(exchange: Exchange, encoding: str) -> AsyncIterator[bytes]:
+    """The bytes of a compressed body. Raises what `Exchange.read` does, and UpstreamUnreadable before the first."""
     has_begun = False
     try:
-        while chunk := await read():
+        decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+        while chunk := await exchange.read():
             for piece in decoder.feed(chunk):
                 has_begun = True
                 yield piece
@@ -353,10 +332,13 @@ async def _decompressed(read: Callable[[], Awaitable[bytes]], decoder: BodyDecod
                     await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
         has_begun = True  # what has no end has begun
         decoder.end()
-    except NotDecodable:
+    except (KeyError, NotDecodable):  # KeyError: the encoding is not known
         if not has_begun:
             raise UpstreamUnreadable(
-                "The upstream named a compression that it did not use.", was_sent=False
+                f'The upstream "{exchange.route.upstream.name}" compressed its answer in a way that this proxy '
+                "can't read, or named a compression that it did not use. The operator of this proxy has to turn that "
+                "compression off.",
+                was_sent=False,
             ) from None
         raise UpstreamError(
             "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "

@@ -269,15 +269,15 @@ async def test_an_answer_that_has_begun_may_pause() -> None:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.2)
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
         writer.write(HEAD + b"\r\n{")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.2)
         writer.write(b"}")
 
     async with connections(serve) as port, opened() as upstreams:
-        up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(first_byte_timeout_ms=300))
+        up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(first_byte_timeout_ms=1000))
         assert await ask(upstreams, up, b"x" * 2**25) == b"{}"
 
 
