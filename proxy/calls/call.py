@@ -35,7 +35,6 @@ from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
-from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import idempotency_header, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
 
@@ -140,7 +139,11 @@ class Call:
     @property
     def address(self) -> str:
         """The path and query at the upstream, without its `base_url`."""
-        return address_of(self.request.endpoint, self.model, api_version=self.client.api_version)
+        endpoint, model, api_version = self.request.endpoint, self.model, self.client.api_version
+        deployment = model.upstream_model if endpoint.has_deployments else None
+        return kind_of(model.upstream.kind).address(
+            model.upstream, endpoint.path, deployment=deployment, api_version=api_version
+        )
 
     @property
     def adds_usage(self) -> bool:

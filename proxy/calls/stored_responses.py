@@ -28,13 +28,13 @@ from proxy.calls.read_limit import ReadLimit
 from proxy.calls.reservation import Reservation
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
+from proxy.formats.kinds import kind_of
 from proxy.formats.mask import PieceMask
 from proxy.identity.authentication import Caller
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.tasks import Tasks
-from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
 from proxy.upstreams.headers import JSON_HEADERS, NO_HEADERS, to_client, to_upstream
@@ -70,7 +70,8 @@ class StoredResponseQuery:
 
     def address(self, upstream: Upstream, *, api_version: str | None) -> str:
         """The path and query at this upstream, without its `base_url`."""
-        address = address_at(upstream, self.route.path(self.response_id), api_version=api_version)
+        path = self.route.path(self.response_id)
+        address = kind_of(upstream.kind).address(upstream, path, api_version=api_version)
         query = urlencode([(name, value) for name, value in self.parameters if name in self.route.query])
         return address + ("&" if "?" in address else "?") + query if query else address
 
@@ -135,7 +136,7 @@ class StoredResponses:
             log.warning("a response was not deleted", request=call.client.id, reason="too many are waiting")
             return
         path = StoredResponsePath("DELETE").path(response_id)
-        address = address_at(model.upstream, path, api_version=call.client.api_version)
+        address = kind_of(model.upstream.kind).address(model.upstream, path, api_version=call.client.api_version)
         self._deletions.start("delete response", self._delete(model.upstream, address, call_id=call.client.id))
 
     async def close(self) -> None:
