@@ -119,7 +119,23 @@ class StoredResponses:
         may be cancelled at any time, because nothing is reserved.
         """
         with self._reads.read(query.caller.user, zone=query.zone):
-            await self._forward(query, client)
+            entry = await self._own_entry(query.response_id, query.caller)
+            upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
+            if upstream is None:
+                raise _not_found(query.response_id)
+            headers = to_upstream(client.headers, kind=upstream.kind)
+            address = query.address(upstream, api_version=client.api_version)
+            client.line.upstream = upstream.name
+            client.line.mark_sent()
+            method = query.route.method
+            async with await self._upstreams.send(upstream, address, b"", headers, method=method) as answer:
+                if answer.status == 404:
+                    client.line.mark_answered()
+                    raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
+                if answer.status // 100 != 2:
+                    await _forward_error(answer, upstream, client)
+                else:
+                    await _forward_body(answer, client)
 
     def delete_unless_complete(self, call: Call, reservation: Reservation) -> None:
         """Delete the response of an ended call at its upstream, in the background, if it did not pass to its end.
@@ -144,24 +160,6 @@ class StoredResponses:
         self._is_closing.set()
         if given_up := await self._deletions.finish(_CLOSE_S):
             log.warning("responses were not deleted", responses=given_up, reason="the proxy was stopped")
-
-    async def _forward(self, query: StoredResponseQuery, client: Responder) -> None:
-        entry = await self._own_entry(query.response_id, query.caller)
-        upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
-        if upstream is None:
-            raise _not_found(query.response_id)
-        headers = to_upstream(client.headers, kind=upstream.kind)
-        address = query.address(upstream, api_version=client.api_version)
-        client.line.upstream = upstream.name
-        client.line.mark_sent()
-        async with await self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
-            if answer.status == 404:
-                client.line.mark_answered()
-                raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
-            if answer.status // 100 != 2:
-                await _forward_error(answer, upstream, client)
-            else:
-                await _forward_body(answer, client)
 
     async def _own_entry(self, response_id: str, caller: Caller) -> Entry | None:
         """The ledger entry of the call that produced the response.
