@@ -412,7 +412,7 @@ class Relay:
 
 def _logged_id(answer: Answer) -> str | None:
     """The upstream's id of the request, for the log. A text that may be something else is left out."""
-    id = answer.request_id
+    id = answer.headers.get("x-request-id") or answer.headers.get("request-id")  # OpenAI's name, and Anthropic's
     if id is None or not _UPSTREAM_REQUEST.fullmatch(id):
         return None
     return id if answer.mask.in_header(id) == id else None

@@ -103,11 +103,6 @@ class Answer:
         return self.headers.get("retry-after")
 
     @property
-    def request_id(self) -> str | None:
-        """The upstream's id of the request: OpenAI's name is x-request-id, Anthropic's request-id."""
-        return self.headers.get("x-request-id") or self.headers.get("request-id")
-
-    @property
     def status_reason(self) -> str:
         """The status for the log, and which server a redirect leads to: `status 302, to https://llm.example`.
 
@@ -120,8 +115,7 @@ class Answer:
 
     async def wait_for_body(self) -> None:
         """Wait for the first bytes of the body. Raises like `chunks`, which hands them out after this as well."""
-        if not self._beginning and (first := await self._next()):
-            self._beginning = [first]
+        await self._beginning_until(bool, 0)
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
@@ -130,16 +124,9 @@ class Answer:
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
-        beginning = bytearray().join(self._beginning)
-        while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
-            chunk = await self._next()
-            if not chunk:
-                break
-            self._beginning.append(chunk)
-            beginning += chunk
-        if answer is None:
-            return self.is_event_stream and is_cut_off_event(beginning)
-        return answer
+        begins = await self._beginning_until(lambda body: begins_with_event(body) is not None, _BEGINNING_BYTES_MAX)
+        answer = begins_with_event(begins)
+        return self.is_event_stream and is_cut_off_event(begins) if answer is None else answer
 
     async def error_in_body(self) -> bytes | None:
         """The body of a successful answer, if it may be an error instead: a short JSON object that is complete.
@@ -147,44 +134,48 @@ class Answer:
         It waits for the body as far as that may be so. Never raises: `chunks` hands out the whole body, and raises
         what the upstream did, after this as well.
         """
-        body = bytearray().join(self._beginning)
         try:
-            while len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body):
-                chunk = await self._next()
-                if not chunk:
-                    return bytes(body) if b'"error"' in body else None
-                self._beginning.append(chunk)
-                body += chunk
+            body = await self._beginning_until(
+                lambda body: _NO_OBJECT.match(body) is not None, _SHORT_ERROR_BYTES_MAX
+            )
         except UpstreamError as error:
             self._next = partial(_raise, error)
-        return None
+            return None
+        may_be_error = len(body) <= _SHORT_ERROR_BYTES_MAX and not _is_no_object(body) and b'"error"' in body
+        return bytes(body) if may_be_error else None
 
-    async def next_chunk(self) -> bytes:
-        """Wait for the next bytes of the body, decompressed. They are empty at its end.
+    async def _beginning_until(self, is_enough: Callable[[bytearray], bool], bytes_max: int) -> bytearray:
+        """The beginning of the body: until it `is_enough`, has more than `bytes_max` bytes, or is all of it."""
+        beginning = bytearray().join(self._beginning)
+        while not is_enough(beginning) and len(beginning) <= bytes_max and (chunk := await self._next()):
+            self._beginning.append(chunk)
+            beginning += chunk
+        return beginning
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, decompressed.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
         begin in time, and UpstreamUnreadable if it does not begin in an encoding that is known and that its header
         names.
         """
-        return self._beginning.pop(0) if self._beginning else await self._next()
+        while chunk := self._beginning.pop(0) if self._beginning else await self._next():
+            yield chunk
 
     async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
-        """Call `take` with the bytes of the body as they arrive, decompressed.
+        """Call `take` with the same bytes, without waking a task for each chunk. Raises like `chunks`.
 
         Returns True as soon as `take` returns False: the rest can be read later. Returns False at the body's end.
-        Raises like `next_chunk`.
         """
-        while self._beginning or self.is_compressed:
-            if not (chunk := await self.next_chunk()):
-                return False
+        while self._beginning:
+            if not take(self._beginning.pop(0)):
+                return True
+        if not self.is_compressed:
+            return await self._exchange.pass_on(take)
+        while chunk := await self._next():
             if not take(chunk):
                 return True
-        return await self._exchange.pass_on(take)
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
-        while chunk := await self.next_chunk():
-            yield chunk
+        return False
 
     async def read(self) -> bytes:
         """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
@@ -284,11 +275,10 @@ class Upstreams:
             exchange = Exchange(route, has_body=method != "HEAD")
             try:
                 await exchange.begin(self.connector, self.uploads, head, body)
+                return exchange
             except UpstreamError as error:
                 if method not in _IDEMPOTENT or isinstance(error, UpstreamTimeout) or not exchange.is_kept:
                     raise
-            else:
-                return exchange
 
     async def _post_form(self, server: Upstream, form: bytes) -> tuple[int, bytes]:
         """Send a form to a server that issues access tokens, and return the status and body of its answer."""
@@ -308,6 +298,10 @@ class Upstreams:
                 tls = True if ca is None else await asyncio.to_thread(tls_context, ca)
             route = self._routes[upstream.name] = Route(upstream, tls)
             return route
+
+
+def _is_no_object(body: bytearray) -> bool:
+    return _NO_OBJECT.match(body) is not None
 
 
 def _encoding_of(codings: list[str]) -> str:

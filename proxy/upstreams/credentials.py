@@ -20,7 +20,7 @@ import asyncio
 import os
 import re
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -303,7 +303,12 @@ async def _output_of(words: tuple[str, ...]) -> bytes:
         raise _NotFetched(f"{words[0]} can't be started: {error.strerror}") from None
     has_ended = False
     try:
-        output = await _read(process, words[0])
+        assert process.stdout is not None, "it is a pipe"
+        try:
+            await process.stdout.readexactly(_OUTPUT_BYTES_MAX + 1)
+            raise _NotFetched(f"{words[0]} printed more than {_OUTPUT_BYTES_MAX} bytes")
+        except asyncio.IncompleteReadError as end:
+            output = end.partial
         status = await process.wait()
         has_ended = True
     finally:
@@ -315,13 +320,3 @@ async def _output_of(words: tuple[str, ...]) -> bytes:
     if status:
         raise _NotFetched(f"{words[0]} ended with status {status}")
     return output
-
-
-async def _read(process: Process, program: str) -> bytes:
-    assert process.stdout is not None, "it is a pipe"
-    output = bytearray()
-    while chunk := await process.stdout.read(_OUTPUT_BYTES_MAX):
-        output += chunk
-        if len(output) > _OUTPUT_BYTES_MAX:
-            raise _NotFetched(f"{program} printed more than {_OUTPUT_BYTES_MAX} bytes")
-    return bytes(output)
