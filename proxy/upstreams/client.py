@@ -80,7 +80,7 @@ class Answer:
         # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
         if "content-encoding" in headers or "transfer-encoding" in headers:
             codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-            if encoding := _encoding_of(codings):
+            if encoding := ",".join(name for name in encoding_of(codings).split(",") if name not in _PLAIN):
                 self.is_compressed = True
                 self._next = partial(anext, _decompressed(exchange, encoding), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
@@ -135,16 +135,14 @@ class Answer:
         what the upstream did, after this as well.
         """
         try:
-            body = await self._beginning_until(
-                lambda body: _NO_OBJECT.match(body) is not None, _SHORT_ERROR_BYTES_MAX
-            )
+            body = await self._beginning_until(_NO_OBJECT.match, _SHORT_ERROR_BYTES_MAX)
         except UpstreamError as error:
             self._next = partial(_raise, error)
             return None
-        may_be_error = len(body) <= _SHORT_ERROR_BYTES_MAX and not _is_no_object(body) and b'"error"' in body
+        may_be_error = len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body) and b'"error"' in body
         return bytes(body) if may_be_error else None
 
-    async def _beginning_until(self, is_enough: Callable[[bytearray], bool], bytes_max: int) -> bytearray:
+    async def _beginning_until(self, is_enough: Callable[[bytearray], object], bytes_max: int) -> bytearray:
         """The beginning of the body: until it `is_enough`, has more than `bytes_max` bytes, or is all of it."""
         beginning = bytearray().join(self._beginning)
         while not is_enough(beginning) and len(beginning) <= bytes_max and (chunk := await self._next()):
@@ -298,14 +296,6 @@ class Upstreams:
                 tls = True if ca is None else await asyncio.to_thread(tls_context, ca)
             route = self._routes[upstream.name] = Route(upstream, tls)
             return route
-
-
-def _is_no_object(body: bytearray) -> bool:
-    return _NO_OBJECT.match(body) is not None
-
-
-def _encoding_of(codings: list[str]) -> str:
-    return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
 
 
 async def _raise(error: UpstreamError) -> bytes:

@@ -301,7 +301,6 @@ async def _output_of(words: tuple[str, ...]) -> bytes:
         )
     except OSError as error:
         raise _NotFetched(f"{words[0]} can't be started: {error.strerror}") from None
-    has_ended = False
     try:
         assert process.stdout is not None, "it is a pipe"
         try:
@@ -310,13 +309,12 @@ async def _output_of(words: tuple[str, ...]) -> bytes:
         except asyncio.IncompleteReadError as end:
             output = end.partial
         status = await process.wait()
-        has_ended = True
-    finally:
-        if not has_ended:
-            with suppress(ProcessLookupError, PermissionError, TimeoutError):
-                os.killpg(process.pid, signal.SIGKILL)
-                async with asyncio.timeout(_KILLED_S):
-                    await process.wait()
+    except BaseException:
+        with suppress(ProcessLookupError, PermissionError, TimeoutError):
+            os.killpg(process.pid, signal.SIGKILL)
+            async with asyncio.timeout(_KILLED_S):
+                await process.wait()
+        raise
     if status:
         raise _NotFetched(f"{words[0]} ended with status {status}")
     return output

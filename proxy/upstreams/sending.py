@@ -31,7 +31,7 @@ from proxy.policy.catalog import FETCHED_KEYS, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.failures import mask_of
 from proxy.upstreams.headers import CONTROL, SERVER_NAME, header_lines
-from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
+from proxy.upstreams.network import proxy_authorization, upstream_socket
 from proxy.upstreams.spool import Spliced
 
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
@@ -58,7 +58,7 @@ class Route:
         base = URL(upstream.base_url, encoded=True)
         host = base.host_port_subcomponent or ""
         proxy = "" if transport.proxy is None else transport.proxy.reveal()
-        proxy_url = URL(proxy_server(proxy)) if proxy else None
+        proxy_url = URL(proxy).origin() if proxy else None
         credentials = {"proxy-authorization": found} if (found := proxy_authorization(proxy)) else {}
         self.upstream = upstream
         self.tls = tls
@@ -136,10 +136,10 @@ class Connector(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close)
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        kept = await super()._get(key, traces)
-        while kept is not None and (kept.protocol is None or kept.protocol.should_close):
+        while (kept := await super()._get(key, traces)) is not None:
+            if kept.protocol is not None and not kept.protocol.should_close:
+                break
             kept.close()
-            kept = await super()._get(key, traces)
         return kept
 
 
@@ -160,12 +160,8 @@ class _Protocol(ResponseHandler):
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
-        self._loop.call_soon(self.tell)  # not at once: a read of the body may have led to it
-
-    def tell(self) -> None:
-        """Call `on_change`, if it is set."""
         if self.on_change is not None:
-            self.on_change()
+            self._loop.call_soon(self.on_change)  # not at once: a read of the body may have led to it
 
 
 class Exchange:
@@ -217,15 +213,14 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
-        chunk = b""
+        chunks: list[bytes] = []
 
-        def take(data: bytes) -> bool:
-            nonlocal chunk
-            chunk = data
+        def take(chunk: bytes) -> bool:
+            chunks.append(chunk)
             return False
 
         await self.pass_on(take)
-        return chunk
+        return b"".join(chunks)
 
     async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
         """Call `take` with the bytes of the body as they arrive, without waking a task for each of them.
@@ -362,8 +357,7 @@ class Exchange:
         if self._connection is None:
             return self.route.unreachable(why_unreachable(error, self.route))
         if not isinstance(error, TimeoutError):
-            text = "The upstream closed the connection without an answer."
-            return UpstreamError(text, was_sent=self.was_sent)
+            return UpstreamError("The upstream closed the connection without an answer.", was_sent=self.was_sent)
         return self._late("The upstream did not answer in time.")
 
     def _late(self, text: str) -> UpstreamTimeout:

@@ -81,7 +81,7 @@ PARAMETERS = {
     ),
 }
 # What sending.py adds to aiohttp's classes.
-ADDED = {ResponseHandler: ["on_change", "tell"]}
+ADDED = {ResponseHandler: ["on_change"]}
 SUBCLASSES = {aiohttp.TCPConnector: sending.Connector, ResponseHandler: sending._Protocol}
 ADVICE = (
     "Look into aiohttp's connector.py, client_proto.py and client_reqrep.py, and run tests/upstreams/test_wire.py."

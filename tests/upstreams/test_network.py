@@ -15,7 +15,8 @@ import pytest
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams.client import Upstreams
-from proxy.upstreams.network import keep_alive, proxy_authorization, proxy_server
+from proxy.upstreams.network import keep_alive, proxy_authorization
+from proxy.upstreams.sending import Route
 from tests.bare_upstream import connections, opened
 from tests.certificates import Authority
 from tests.forward_proxy import forward_proxy
@@ -137,12 +138,14 @@ async def test_a_proxy_that_does_not_answer_is_given_up_in_time() -> None:
         assert error.reason == f"no connection within 0.2 s (through the proxy 127.0.0.1:{port})"
 
 
-def test_the_credentials_of_a_proxy() -> None:
+async def test_the_credentials_of_a_proxy() -> None:
     """They are decoded, and kept out of its address."""
     assert proxy_authorization("http://proxy:3128") is None
     assert proxy_authorization("http://:x@proxy:3128") is None
     assert proxy_authorization("http://me@proxy:3128") == "Basic bWU6"
-    assert proxy_server("http://me:p%40ss@proxy:3128") == "http://proxy:3128"
+    transport = Transport(proxy=Secret("http://me:p%40ss@proxy:3128"))
+    route = Route(Upstream("up", "https://llm.example/v1", None, transport=transport), True)
+    assert str(route.destination.proxy) == "http://proxy:3128"
 
 
 # ------------------------------------------------------------------------------------------------------- certificates
