@@ -29,7 +29,7 @@ PARAMETERS_MAX = 6
 # Pure: no await, no clock, no SQL, no sockets, no files, no log. So they are tested by tables and by a thousand
 # random histories. A name is that of a package or of a module in it.
 PURE = (
-    "errors policy formats ledger.entry ledger.book ledger.rows upstreams.addresses upstreams.failures "
+    "errors policy formats ledger.entry ledger.book ledger.rows upstreams.failures "
     "upstreams.headers upstreams.routing upstreams.usage_option identity.keys"
 ).split()
 NOT_IN_PURE = frozenset(

@@ -35,7 +35,6 @@ from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
-from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import idempotency_header, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
 
@@ -140,7 +139,11 @@ class Call:
     @property
     def address(self) -> str:
         """The path and query at the upstream, without its `base_url`."""
-        return address_of(self.request.endpoint, self.model, api_version=self.client.api_version)
+        endpoint, model, api_version = self.request.endpoint, self.model, self.client.api_version
+        deployment = model.upstream_model if endpoint.has_deployments else None
+        return kind_of(model.upstream.kind).address(
+            model.upstream, endpoint.path, deployment=deployment, api_version=api_version
+        )
 
     @property
     def adds_usage(self) -> bool:
@@ -299,10 +302,12 @@ class Call:
         return {**headers, **warning_headers(statuses, now)} if self.policy.self_service else headers
 
 
-def closed_decision(binding: Binding, counters: Mapping[CounterKey, Counter], now: int) -> Refused:
-    """The decision about a request that was not read, because quotas of 0 refuse all calls of its user.
+def closed_refusal(
+    binding: Binding, counters: Mapping[CounterKey, Counter], now: int, *, policy: Policy, endpoint: Endpoint, id: str
+) -> tuple[Refused, ProxyError]:
+    """The decision about a request that was not read, because quotas of 0 refuse all calls of its user; its error.
 
-    `binding` has these quotas alone.
+    `binding` has these quotas alone, and no other quota is shown. `id` is the request's.
     """
     statuses = quota_statuses(binding, counters, now)
     blocks = tuple(
@@ -311,19 +316,10 @@ def closed_decision(binding: Binding, counters: Mapping[CounterKey, Counter], no
         for limit in each.quota.limits
         if limit.maximum == 0
     )
-    return Refused(NotAdmitted(Verdict.EXHAUSTED, blocks), counters, now)
-
-
-def closed_refusal(refused: Refused, binding: Binding, policy: Policy, *, endpoint: Endpoint, id: str) -> ProxyError:
-    """The error for a request that was not read. `refused` is the decision about it, and `id` the request's.
-
-    It is the same refusal as that of a call which was read, except that no other quota is shown.
-    """
-    now = refused.decided_at
-    statuses = quota_statuses(binding, refused.counters, now)
-    error = refusal(refused.decision, statuses, policy=policy, endpoint=endpoint.name, now=now, busy_s=0)
+    decision = NotAdmitted(Verdict.EXHAUSTED, blocks)
+    error = refusal(decision, statuses, policy=policy, endpoint=endpoint.name, now=now, busy_s=0)
     error.headers.update(_limit_headers(endpoint, binding, statuses, now, id=id))
-    return error
+    return Refused(decision, counters, now), error
 
 
 def _limit_headers(

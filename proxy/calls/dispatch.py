@@ -399,16 +399,12 @@ class Dispatcher:
             smaller = call.with_smaller_maximum(answer.status, await answer.error_body(), held_input=held_input)
             if smaller is not None:
                 return smaller
-        if await self._has_new_key(call, answer):
-            return replace(call, has_new_key=True)
-        return None
-
-    async def _has_new_key(self, call: Call, answer: Answer) -> bool:
-        """Whether the key that the target has rejected was replaced. Waits for the fetch that the 401 has begun."""
-        key = answer.fetched_key
-        if answer.status != 401 or key is None or call.has_new_key:
-            return False
-        return await self._upstreams.credentials.is_replaced(call.model.upstream, key)
+        key = answer.fetched_key if answer.status == 401 else None
+        if key is None or call.has_new_key:
+            return None
+        # The 401 has begun the fetch of another key, which is waited for.
+        is_replaced = await self._upstreams.credentials.is_replaced(call.model.upstream, key)
+        return replace(call, has_new_key=True) if is_replaced else None
 
     async def _context(self, candidate: Candidate) -> int | None:
         """The context by which an answer ends at this target, in tokens; None if unknown, or if it is not needed."""

@@ -35,8 +35,8 @@ class LogLine:
       and `upstream_request` that of the upstream.
     - `upstream_model` is the model's name at the upstream, if the configuration states it.
     - `attempts` is how often the call was sent. `failed_first` is the upstream whose attempt failed first.
-    - `asked_s`: the ledger was asked for a reservation. `decided_s`: it admitted or refused the call.
-    - `admitted_s`: the quotas admitted the call. `sent_s`: it was sent to an upstream for the first time.
+    - `asked_s`: the ledger was asked for a reservation. `admitted_s`: the quotas admitted the call.
+    - `sent_s`: it was sent to an upstream for the first time.
     - `answered_s`: the last byte of the upstream's answer came.
     - `first_byte_s`: the client's answer began, with `sent_status`.
     - `left_s`: the connection to the client was gone before the end of the answer.
@@ -68,7 +68,6 @@ class LogLine:
     verdict: str | None = None
     error: ProxyError | None = None
     asked_s: float | None = None
-    decided_s: float | None = None
     admitted_s: float | None = None
     sent_s: float | None = None
     answered_s: float | None = None
@@ -84,10 +83,6 @@ class LogLine:
     def mark_asked(self) -> None:
         """Note that the ledger is asked for a reservation."""
         self.asked_s = self.clock()
-
-    def mark_decided(self) -> None:
-        """Note that the ledger has admitted or refused the call."""
-        self.decided_s = self.clock()
 
     def mark_admitted(self, entry: Entry) -> None:
         """Note that the quotas admitted the call, which has this entry in the ledger."""
@@ -131,7 +126,7 @@ class LogLine:
         call, so it includes `waited_ms`. What does not apply is left out. docs/running.md describes each member.
         """
         began_s, ended_s = self.began_s, self.clock()
-        waited_s = None if self.asked_s is None else (self.decided_s or ended_s) - self.asked_s
+        waited_s = None if self.asked_s is None else (self.admitted_s or ended_s) - self.asked_s
         caller, entry, usage, error = self.caller, self.entry, self.usage, self.error
         members = {
             "request": self.request_id,

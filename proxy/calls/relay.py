@@ -17,7 +17,7 @@ from itertools import count
 import structlog
 
 from proxy.calls.activity import Activity
-from proxy.calls.call import Call, Responder, closed_decision, closed_refusal
+from proxy.calls.call import Call, Responder, closed_refusal
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher, with_heartbeat
 from proxy.calls.recorded_names import OTHER, RecordedNames
@@ -37,7 +37,6 @@ from proxy.ledger.book import Accepted, Refused, Reserve
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
-from proxy.policy.quota import Demand
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Failed, Rejected, failure_of
@@ -155,9 +154,9 @@ class Relay:
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
             self.metrics.refused(quota.id, Verdict.EXHAUSTED.word, model=OTHER)  # the body was not read
-        refused = closed_decision(binding, counters, now)
+        refused, error = closed_refusal(binding, counters, now, policy=policy, endpoint=endpoint, id=client.id)
         self._activity.refused(client.line, refused, binding)
-        raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
+        raise error
 
     def _refusal(self, call: Call, refused: Refused) -> ProxyError:
         """Note a refusal. Returns the error that tells the client."""
@@ -226,9 +225,6 @@ class Relay:
                 recorded_model = self._recorded_names.name_of(call, self._now())
                 return call.reserve(candidates.demand, owner=self._ledger.owner, recorded_model=recorded_model)
 
-            def recount() -> Awaitable[Demand]:
-                return candidates.exact_demand()  # of those that `renewed` has found, if it has found others
-
             async def renewed() -> Reserve | None:
                 nonlocal call, candidates
                 latest = await renew(call)
@@ -240,9 +236,13 @@ class Relay:
             client.line.mark_asked()
             time = asyncio.get_running_loop().time
             began_s = time()
-            reply = await self._queue.reserve(operation(), wait_s=call.wait_s, recount=recount, renew=renewed)
+            reply = await self._queue.reserve(
+                operation(),
+                wait_s=call.wait_s,
+                recount=lambda: candidates.exact_demand(),  # of the latest candidates
+                renew=renewed,
+            )
             candidates.wait_s -= time() - began_s  # the rest is for a slot of an upstream
-            client.line.mark_decided()
             return reply, call, candidates
         except asyncio.CancelledError:
             if not client.is_disconnected:
@@ -401,11 +401,9 @@ class Relay:
     def _answer_headers(
         self, answer: Answer | None, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
-        if answer is None:  # the head of a stream that the upstream has not begun yet
-            passed = headers.to_client(headers.NO_HEADERS, is_stream=is_stream, mask=Mask())
-        else:
-            passed = headers.to_client(answer.headers, is_stream=is_stream, mask=answer.mask)
-        return {**passed, **self._quota_headers(call, reservation)}
+        # There is no answer at the head of a stream that the upstream has not begun yet.
+        received, mask = (headers.NO_HEADERS, Mask()) if answer is None else (answer.headers, answer.mask)
+        return headers.to_client(received, is_stream=is_stream, mask=mask) | self._quota_headers(call, reservation)
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
@@ -414,7 +412,7 @@ class Relay:
 
 def _logged_id(answer: Answer) -> str | None:
     """The upstream's id of the request, for the log. A text that may be something else is left out."""
-    id = answer.request_id
+    id = answer.headers.get("x-request-id") or answer.headers.get("request-id")  # OpenAI's name, and Anthropic's
     if id is None or not _UPSTREAM_REQUEST.fullmatch(id):
         return None
     return id if answer.mask.in_header(id) == id else None
@@ -430,7 +428,6 @@ async def _read_to_end(answer: Answer) -> None:
     """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
     try:
         async with asyncio.timeout(_READ_TO_END_S):
-            while await answer.next_chunk():
-                pass
+            await answer.pass_on(lambda _: True)
     except (UpstreamError, TimeoutError):
         pass  # the connection is closed instead

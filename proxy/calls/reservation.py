@@ -14,6 +14,7 @@ ours leaves tokens held.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -21,7 +22,7 @@ import structlog
 from proxy.calls.token_count import TokenCount
 from proxy.errors import LedgerUnavailable
 from proxy.formats.meter import Meter
-from proxy.ledger.book import Accepted, Extend, Release, Reply, Settle
+from proxy.ledger.book import Accepted, Extend, Release, Settle
 from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
@@ -270,26 +271,8 @@ class Reservation:
             else Settle(self.entry.id, usage, outcome, upstream=upstream, response_id=self.meter.response_id)
         )
         # When the time is over, the ledger goes on trying to commit.
-        if await _is_done_within(committed, wait_s) and not committed.exception():
-            reply = committed.result()
+        with suppress(TimeoutError, LedgerUnavailable):
+            async with asyncio.timeout(wait_s):
+                reply = await committed
             if isinstance(reply, Accepted):
                 self.counters = {**self.counters, **reply.counters}
-
-
-async def _is_done_within(future: "asyncio.Future[Reply]", timeout_s: float) -> bool:
-    """Wait until the future is done, at most `timeout_s` seconds, and return whether it is. It is never cancelled."""
-    loop = asyncio.get_running_loop()
-    over = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not over.done():
-            over.set_result(None)
-
-    timer = loop.call_later(timeout_s, wake)
-    future.add_done_callback(wake)
-    try:
-        await over
-    finally:
-        timer.cancel()
-        future.remove_done_callback(wake)
-    return future.done()

@@ -28,13 +28,13 @@ from proxy.calls.read_limit import ReadLimit
 from proxy.calls.reservation import Reservation
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
+from proxy.formats.kinds import kind_of
 from proxy.formats.mask import PieceMask
 from proxy.identity.authentication import Caller
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.tasks import Tasks
-from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
 from proxy.upstreams.headers import JSON_HEADERS, NO_HEADERS, to_client, to_upstream
@@ -70,7 +70,8 @@ class StoredResponseQuery:
 
     def address(self, upstream: Upstream, *, api_version: str | None) -> str:
         """The path and query at this upstream, without its `base_url`."""
-        address = address_at(upstream, self.route.path(self.response_id), api_version=api_version)
+        path = self.route.path(self.response_id)
+        address = kind_of(upstream.kind).address(upstream, path, api_version=api_version)
         query = urlencode([(name, value) for name, value in self.parameters if name in self.route.query])
         return address + ("&" if "?" in address else "?") + query if query else address
 
@@ -118,7 +119,23 @@ class StoredResponses:
         may be cancelled at any time, because nothing is reserved.
         """
         with self._reads.read(query.caller.user, zone=query.zone):
-            await self._forward(query, client)
+            entry = await self._own_entry(query.response_id, query.caller)
+            upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
+            if upstream is None:
+                raise _not_found(query.response_id)
+            headers = to_upstream(client.headers, kind=upstream.kind)
+            address = query.address(upstream, api_version=client.api_version)
+            client.line.upstream = upstream.name
+            client.line.mark_sent()
+            method = query.route.method
+            async with await self._upstreams.send(upstream, address, b"", headers, method=method) as answer:
+                if answer.status == 404:
+                    client.line.mark_answered()
+                    raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
+                if answer.status // 100 != 2:
+                    await _forward_error(answer, upstream, client)
+                else:
+                    await _forward_body(answer, client)
 
     def delete_unless_complete(self, call: Call, reservation: Reservation) -> None:
         """Delete the response of an ended call at its upstream, in the background, if it did not pass to its end.
@@ -135,7 +152,7 @@ class StoredResponses:
             log.warning("a response was not deleted", request=call.client.id, reason="too many are waiting")
             return
         path = StoredResponsePath("DELETE").path(response_id)
-        address = address_at(model.upstream, path, api_version=call.client.api_version)
+        address = kind_of(model.upstream.kind).address(model.upstream, path, api_version=call.client.api_version)
         self._deletions.start("delete response", self._delete(model.upstream, address, call_id=call.client.id))
 
     async def close(self) -> None:
@@ -143,24 +160,6 @@ class StoredResponses:
         self._is_closing.set()
         if given_up := await self._deletions.finish(_CLOSE_S):
             log.warning("responses were not deleted", responses=given_up, reason="the proxy was stopped")
-
-    async def _forward(self, query: StoredResponseQuery, client: Responder) -> None:
-        entry = await self._own_entry(query.response_id, query.caller)
-        upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
-        if upstream is None:
-            raise _not_found(query.response_id)
-        headers = to_upstream(client.headers, kind=upstream.kind)
-        address = query.address(upstream, api_version=client.api_version)
-        client.line.upstream = upstream.name
-        client.line.mark_sent()
-        async with await self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
-            if answer.status == 404:
-                client.line.mark_answered()
-                raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
-            if answer.status // 100 != 2:
-                await _forward_error(answer, upstream, client)
-            else:
-                await _forward_body(answer, client)
 
     async def _own_entry(self, response_id: str, caller: Caller) -> Entry | None:
         """The ledger entry of the call that produced the response.

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote
 
 from proxy.formats.endpoints import METERED, Endpoint, EndpointName, SurfaceName
 from proxy.policy.catalog import Naming, OnDisconnect, Secret, Upstream
@@ -117,10 +118,14 @@ class Kind:
     # The surface of its error bodies, in which they are forwarded; None for OpenAI's.
     error_surface: ClassVar[SurfaceName | None] = None
 
-    def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
+    def address(
+        self, upstream: Upstream, path: str, *, deployment: str | None = None, api_version: str | None = None
+    ) -> str:
         """What is appended to the upstream's `base_url`: the path, and a query if this kind needs one.
 
-        `path` is OpenAI's. `deployment` is what comes before it at Azure, `api_version` is the client's.
+        `path` is OpenAI's. Only Azure differs: it has some paths below the name of a `deployment`, and the version of
+        its API in the query. `api_version` is the client's. It is sent only if that API has such versions and streams
+        report their usage in it. Otherwise the version in the upstream's configuration is sent.
         """
         return path
 
@@ -187,7 +192,9 @@ class Azure(Kind):
     key_header = ("api-key", "")
     models_path = None  # it lists models that could be deployed; calls name deployments
 
-    def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
+    def address(
+        self, upstream: Upstream, path: str, *, deployment: str | None = None, api_version: str | None = None
+    ) -> str:
         """The path of the deployment and the version: /openai/deployments/prod/chat/completions?api-version=…"""
         if upstream.base_url.endswith("/v1"):
             version = _matching(_UNDATED, api_version) or upstream.api_version
@@ -197,7 +204,9 @@ class Azure(Kind):
         is_new_enough = requested is not None and requested >= _AZURE_OLDEST
         version = requested if is_new_enough else upstream.api_version or _AZURE_VERSION
         root = "" if upstream.base_url.endswith("/openai") else "/openai"
-        return f"{root}{deployment}{path}?api-version={version}"
+        # Every character is quoted, so that a name such as "../x" stays one path segment.
+        below = f"/deployments/{quote(deployment, safe='')}" if deployment is not None else ""
+        return f"{root}{below}{path}?api-version={version}"
 
 
 class Anthropic(_WithVisibleReasoning):

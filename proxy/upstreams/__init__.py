@@ -12,8 +12,8 @@ What it never does: it does not send a call twice by itself (`calls.dispatch` de
 it interprets no body of an answer except those of errors and lists of models.
 
 Begin with `client`, which sends one request and hands out its answer, and `sending`, which has the bytes of both.
-`network` has what connections need beside HTTP, and `credentials` fetches the keys that are not fixed. `addresses`
-and `headers` say what is sent where, and `spool` keeps bodies that are too large for memory. `routing` chooses among
+`network` has what connections need beside HTTP, and `credentials` fetches the keys that are not fixed. `headers`
+says what is sent in either direction, and `spool` keeps bodies that are too large for memory. `routing` chooses among
 several upstreams and keeps their cooldowns, and `slots` bounds the calls that an upstream has at a time. `failures`
 explains error answers, `usage_option` remembers which upstreams report the usage of a stream on request, and
 `models` has the models that the upstreams list. `trial` asks an upstream for them to see whether it can be used.

@@ -8,11 +8,12 @@ one would send our key to whatever address a redirect names, the other one user'
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
-from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
+from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
 from proxy.formats.sse import begins_with_event, is_cut_off_event
@@ -75,16 +76,13 @@ class Answer:
         self.is_event_stream = content_type.strip().lower() == "text/event-stream"
         self.must_begin_in_time = exchange.first_byte_until is not None and self.status // 100 == 2
         self._next: Callable[[], Awaitable[bytes]] = exchange.read  # the next bytes of the body; none at its end
-        self.is_compressed, self.is_readable = False, True
+        self.is_compressed = False
         # Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
         if "content-encoding" in headers or "transfer-encoding" in headers:
             codings = headers.getall("content-encoding", []) + headers.getall("transfer-encoding", [])
-            encoding = _encoding_of(codings)
-            self.is_compressed = encoding != ""
-            self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
-            if self.is_compressed and self.is_readable:
-                decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
-                self._next = partial(anext, _decompressed(exchange.read, decoder), b"")
+            if encoding := ",".join(name for name in encoding_of(codings).split(",") if name not in _PLAIN):
+                self.is_compressed = True
+                self._next = partial(anext, _decompressed(exchange, encoding), b"")
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
         self._exchange = exchange
@@ -105,11 +103,6 @@ class Answer:
         return self.headers.get("retry-after")
 
     @property
-    def request_id(self) -> str | None:
-        """The upstream's id of the request: OpenAI's name is x-request-id, Anthropic's request-id."""
-        return self.headers.get("x-request-id") or self.headers.get("request-id")
-
-    @property
     def status_reason(self) -> str:
         """The status for the log, and which server a redirect leads to: `status 302, to https://llm.example`.
 
@@ -120,22 +113,9 @@ class Answer:
             return f"status {self.status}, to {server[1]}{server[2]}"
         return f"status {self.status}"
 
-    async def is_decodable(self) -> bool:
-        """Whether a compressed body can be decompressed, as far as its first bytes show. Raises like `chunks`.
-
-        It waits for them, because another upstream can be asked only before anything has passed to the client.
-        """
-        try:
-            if self.is_readable:
-                await self.wait_for_body()
-        except UpstreamUnreadable:
-            return False
-        return self.is_readable
-
     async def wait_for_body(self) -> None:
         """Wait for the first bytes of the body. Raises like `chunks`, which hands them out after this as well."""
-        if not self._beginning and (first := await self._next()):
-            self._beginning = [first]
+        await self._beginning_until(bool, 0)
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
@@ -144,16 +124,9 @@ class Answer:
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
-        beginning = bytearray().join(self._beginning)
-        while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
-            chunk = await self._next()
-            if not chunk:
-                break
-            self._beginning.append(chunk)
-            beginning += chunk
-        if answer is None:
-            return self.is_event_stream and is_cut_off_event(beginning)
-        return answer
+        begins = await self._beginning_until(lambda body: begins_with_event(body) is not None, _BEGINNING_BYTES_MAX)
+        answer = begins_with_event(begins)
+        return self.is_event_stream and is_cut_off_event(begins) if answer is None else answer
 
     async def error_in_body(self) -> bytes | None:
         """The body of a successful answer, if it may be an error instead: a short JSON object that is complete.
@@ -161,49 +134,52 @@ class Answer:
         It waits for the body as far as that may be so. Never raises: `chunks` hands out the whole body, and raises
         what the upstream did, after this as well.
         """
-        body = bytearray().join(self._beginning)
         try:
-            while len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body):
-                chunk = await self._next()
-                if not chunk:
-                    return bytes(body) if b'"error"' in body else None
-                self._beginning.append(chunk)
-                body += chunk
+            body = await self._beginning_until(_NO_OBJECT.match, _SHORT_ERROR_BYTES_MAX)
         except UpstreamError as error:
             self._next = partial(_raise, error)
-        return None
+            return None
+        may_be_error = len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body) and b'"error"' in body
+        return bytes(body) if may_be_error else None
 
-    def next_chunk(self) -> Awaitable[bytes]:
-        """Wait for the next bytes of the body, decompressed. They are empty at its end.
+    async def _beginning_until(self, is_enough: Callable[[bytearray], object], bytes_max: int) -> bytearray:
+        """The beginning of the body: until it `is_enough`, has more than `bytes_max` bytes, or is all of it."""
+        beginning = bytearray().join(self._beginning)
+        while not is_enough(beginning) and len(beginning) <= bytes_max and (chunk := await self._next()):
+            self._beginning.append(chunk)
+            beginning += chunk
+        return beginning
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, decompressed.
 
         Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
-        begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
+        begin in time, and UpstreamUnreadable if it does not begin in an encoding that is known and that its header
+        names.
         """
-        return _given(self._beginning.pop(0)) if self._beginning else self._next()
+        while chunk := self._beginning.pop(0) if self._beginning else await self._next():
+            yield chunk
 
     async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
-        """Call `take` with the bytes of the body as they arrive, decompressed.
+        """Call `take` with the same bytes, without waking a task for each chunk. Raises like `chunks`.
 
         Returns True as soon as `take` returns False: the rest can be read later. Returns False at the body's end.
-        Raises like `next_chunk`.
         """
-        while chunk := await self.next_chunk():
-            if not take(chunk) or not (self._beginning or self.is_compressed or await self._exchange.push(take)):
+        while self._beginning:
+            if not take(self._beginning.pop(0)):
+                return True
+        if not self.is_compressed:
+            return await self._exchange.pass_on(take)
+        while chunk := await self._next():
+            if not take(chunk):
                 return True
         return False
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, decompressed. Raises like `next_chunk`."""
-        while chunk := await self.next_chunk():
-            yield chunk
-
     async def read(self) -> bytes:
         """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
-        body, self._beginning = bytearray().join(self._beginning), []
-        while chunk := await self._next():
-            body += chunk
-            if len(body) > ANSWER_BYTES_MAX:
-                raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
+        body = bytearray()
+        if await self._read_into(body, ANSWER_BYTES_MAX):
+            raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
         return bytes(body)
 
     async def error_body(self) -> bytes:
@@ -211,22 +187,22 @@ class Answer:
 
         It is read once and kept, so it can be asked for again after the connection was closed.
         """
-        if self._error_body is not None:
-            return self._error_body
-        body = bytearray()
-        if not self.is_readable:
-            self._error_body = b""
-            return b""
-        try:
-            async with asyncio.timeout(_ERROR_S):
-                async for chunk in self.chunks():
-                    body += chunk
-                    if len(body) > _ERROR_BYTES_MAX:
-                        break
-        except (UpstreamError, TimeoutError):
-            pass
-        self._error_body = bytes(body)
+        if self._error_body is None:
+            body = bytearray()
+            with suppress(UpstreamError, TimeoutError):
+                async with asyncio.timeout(_ERROR_S):
+                    await self._read_into(body, _ERROR_BYTES_MAX)
+            self._error_body = bytes(body)
         return self._error_body
+
+    async def _read_into(self, body: bytearray, bytes_max: int) -> bool:
+        """Append the body. Returns whether it has more than `bytes_max` bytes, of which the rest is not read."""
+
+        def take(chunk: bytes) -> bool:
+            body.extend(chunk)
+            return len(body) <= bytes_max
+
+        return await self.pass_on(take)
 
 
 class Upstreams:
@@ -283,13 +259,8 @@ class Upstreams:
             answer = Answer(exchange, mask, fetched_key)
             if answer.status == 401 and fetched_key is not None:
                 self.credentials.note_rejected(upstream, fetched_key)
-            if answer.is_compressed and answer.status // 100 == 2 and not await answer.is_decodable():
-                raise UpstreamUnreadable(
-                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                    "or named a compression that it did not use. The operator of this proxy has to turn that "
-                    "compression off.",
-                    was_sent=False,
-                )
+            if answer.is_compressed and answer.status // 100 == 2:
+                await answer.wait_for_body()  # because now another upstream can still be asked
         except BaseException:
             exchange.end()
             raise
@@ -302,11 +273,10 @@ class Upstreams:
             exchange = Exchange(route, has_body=method != "HEAD")
             try:
                 await exchange.begin(self.connector, self.uploads, head, body)
+                return exchange
             except UpstreamError as error:
                 if method not in _IDEMPOTENT or isinstance(error, UpstreamTimeout) or not exchange.is_kept:
                     raise
-            else:
-                return exchange
 
     async def _post_form(self, server: Upstream, form: bytes) -> tuple[int, bytes]:
         """Send a form to a server that issues access tokens, and return the status and body of its answer."""
@@ -328,24 +298,17 @@ class Upstreams:
             return route
 
 
-def _encoding_of(codings: list[str]) -> str:
-    return ",".join([name for name in encoding_of(codings).split(",") if name not in _PLAIN])
-
-
-async def _given(chunk: bytes) -> bytes:
-    return chunk
-
-
 async def _raise(error: UpstreamError) -> bytes:
     raise error
 
 
 # No method of Answer, so that an answer that is given up halfway is no cycle of references.
-async def _decompressed(read: Callable[[], Awaitable[bytes]], decoder: BodyDecoder) -> AsyncIterator[bytes]:
-    """The bytes of a compressed body. Raises what `read` does, and UpstreamUnreadable if it does not begin well."""
+async def _decompressed(exchange: Exchange, encoding: str) -> AsyncIterator[bytes]:
+    """The bytes of a compressed body. Raises what `Exchange.read` does, and UpstreamUnreadable before the first."""
     has_begun = False
     try:
-        while chunk := await read():
+        decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX)
+        while chunk := await exchange.read():
             for piece in decoder.feed(chunk):
                 has_begun = True
                 yield piece
@@ -353,10 +316,13 @@ async def _decompressed(read: Callable[[], Awaitable[bytes]], decoder: BodyDecod
                     await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
         has_begun = True  # what has no end has begun
         decoder.end()
-    except NotDecodable:
+    except (KeyError, NotDecodable):  # KeyError: the encoding is not known
         if not has_begun:
             raise UpstreamUnreadable(
-                "The upstream named a compression that it did not use.", was_sent=False
+                f'The upstream "{exchange.route.upstream.name}" compressed its answer in a way that this proxy '
+                "can't read, or named a compression that it did not use. The operator of this proxy has to turn that "
+                "compression off.",
+                was_sent=False,
             ) from None
         raise UpstreamError(
             "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "

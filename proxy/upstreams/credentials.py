@@ -20,7 +20,7 @@ import asyncio
 import os
 import re
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -301,27 +301,20 @@ async def _output_of(words: tuple[str, ...]) -> bytes:
         )
     except OSError as error:
         raise _NotFetched(f"{words[0]} can't be started: {error.strerror}") from None
-    has_ended = False
     try:
-        output = await _read(process, words[0])
+        assert process.stdout is not None, "it is a pipe"
+        try:
+            await process.stdout.readexactly(_OUTPUT_BYTES_MAX + 1)
+            raise _NotFetched(f"{words[0]} printed more than {_OUTPUT_BYTES_MAX} bytes")
+        except asyncio.IncompleteReadError as end:
+            output = end.partial
         status = await process.wait()
-        has_ended = True
-    finally:
-        if not has_ended:
-            with suppress(ProcessLookupError, PermissionError, TimeoutError):
-                os.killpg(process.pid, signal.SIGKILL)
-                async with asyncio.timeout(_KILLED_S):
-                    await process.wait()
+    except BaseException:
+        with suppress(ProcessLookupError, PermissionError, TimeoutError):
+            os.killpg(process.pid, signal.SIGKILL)
+            async with asyncio.timeout(_KILLED_S):
+                await process.wait()
+        raise
     if status:
         raise _NotFetched(f"{words[0]} ended with status {status}")
     return output
-
-
-async def _read(process: Process, program: str) -> bytes:
-    assert process.stdout is not None, "it is a pipe"
-    output = bytearray()
-    while chunk := await process.stdout.read(_OUTPUT_BYTES_MAX):
-        output += chunk
-        if len(output) > _OUTPUT_BYTES_MAX:
-            raise _NotFetched(f"{program} printed more than {_OUTPUT_BYTES_MAX} bytes")
-    return bytes(output)

@@ -92,8 +92,6 @@ def failure_of(
 
     A ProxyError is to be raised, and nothing is charged for it.
     """
-    if not 100 <= status <= 599:
-        return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
     error, is_openai_shape = _read_error(body)
     masked = mask.in_error
     if status in (401, 403) or _is_key_unknown(error):
@@ -105,12 +103,12 @@ def failure_of(
         )
     if status == 429:
         return _rate_limited(error, retry_after, mask)
-    if status == 408 or status >= 500:
+    if status == 408 or 500 <= status <= 599:
         if error is not None and status != 408:
             return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error)))
         failure = UpstreamTimeout if status in (408, 504) else UpstreamError
         return failure(f"The upstream failed with status {status}.")
-    if 400 <= status < 500:
+    if 400 <= status <= 499:
         if surface := kind_of(upstream.kind).error_surface:
             return Rejected(status, masked(body) if error is not None else _in_shape_of(surface, status))
         return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error)))
@@ -131,6 +129,7 @@ def status_for_routing(status: int, body: bytes) -> int:
     return status if _message_text(error.get("message")).startswith(_REQUEST_BUDGETS) else 402
 
 
+@lru_cache(maxsize=256)
 def mask_of(upstream: Upstream, fetched: tuple[Secret, ...] = ()) -> Mask:
     """What masks our key, our account and the secrets in our headers in the answers of this upstream.
 
@@ -140,12 +139,7 @@ def mask_of(upstream: Upstream, fetched: tuple[Secret, ...] = ()) -> Mask:
     transport = upstream.transport
     # Only a request to http:// has the credentials for the proxy in its own head; with https they are in CONNECT.
     proxy = transport.proxy if upstream.base_url.startswith("http:") else None
-    return _mask_of(keys, transport.headers, proxy)
-
-
-@lru_cache(maxsize=256)
-def _mask_of(keys: tuple[Secret, ...], headers: tuple[tuple[str, Secret], ...], proxy: Secret | None) -> Mask:
-    words = (word for _, value in headers for word in _SECRET.findall(value.reveal()))
+    words = (word for _, value in transport.headers for word in _SECRET.findall(value.reveal()))
     authorization = None if proxy is None else proxy_authorization(proxy.reveal())
     credentials = None if authorization is None else authorization.removeprefix("Basic ")
     return Mask(*(key.reveal() for key in keys), *words, credentials)

@@ -33,8 +33,6 @@ _TO_UPSTREAM = (
     "anthropic-version",
     "http-referer",
     "openai-beta",
-    "traceparent",
-    "tracestate",
     "user-agent",
     "x-title",
 )
@@ -74,10 +72,8 @@ def to_upstream(
     use one that was removed is rejected by the upstream itself.
     """
     sent = _passed(headers, _TO_UPSTREAM)
-    if "traceparent" in sent or "tracestate" in sent:
-        has_state = sent.pop("tracestate", None) is not None
-        if sent.pop("traceparent", None) is not None:
-            sent |= _trace_context(headers, has_state=has_state)
+    if "traceparent" in headers:
+        sent |= _trace_context(headers)
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     of = kind_of(kind)
@@ -130,20 +126,20 @@ def _traceparent(headers: Headers) -> re.Match[str] | None:
     return _TRACEPARENT.fullmatch(parents[0].strip(" \t")) if len(parents) == 1 else None
 
 
-def _trace_context(headers: Headers, *, has_state: bool) -> dict[str, str]:
+def _trace_context(headers: Headers) -> dict[str, str]:
     """The client's `traceparent` and `tracestate` as far as they are valid, unchanged.
 
     The proxy has no spans of its own, so the upstream's span is a child of the client's (W3C Trace Context §3.4, a
     proxy that passes on). Without a valid `traceparent` there is no `tracestate` either.
     """
-    parent = _traceparent(headers)
-    if parent is None:
+    passed, parent = _passed(headers, ("traceparent", "tracestate")), _traceparent(headers)
+    if parent is None or "traceparent" not in passed:
         return {}
     context = {"traceparent": parent[0]}
     items = [item for item in _list_items(headers, "tracestate") if item]
     state = ",".join(items)
     is_bounded = len(items) <= _TRACESTATE_ITEMS_MAX and len(state) <= _TRACESTATE_CHARACTERS_MAX
-    if has_state and items and is_bounded and all(map(_TRACESTATE_ITEM.fullmatch, items)):
+    if "tracestate" in passed and items and is_bounded and all(map(_TRACESTATE_ITEM.fullmatch, items)):
         context["tracestate"] = state
     return context
 

@@ -21,7 +21,6 @@ from proxy.formats.kinds import kind_of
 from proxy.formats.model_names import check_model_name, check_name_form
 from proxy.policy.catalog import Model, Upstream
 from proxy.tasks import Tasks
-from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Upstreams
 from proxy.upstreams.headers import NO_HEADERS, to_upstream
 
@@ -156,7 +155,7 @@ class ModelLists:
     async def read(self, upstream: Upstream, path: str) -> bytes:
         """The body of the list. Raises UpstreamError, NotListed, and ValueError if it is no list of a usual size."""
         headers = to_upstream(NO_HEADERS, kind=upstream.kind)
-        address = address_at(upstream, path, api_version=None)
+        address = kind_of(upstream.kind).address(upstream, path)
         async with await self._upstreams.send(upstream, address, b"", headers, method="GET") as answer:
             if answer.status != 200:
                 raise NotListed(answer.status, answer.status_reason)

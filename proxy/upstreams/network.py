@@ -63,9 +63,3 @@ def proxy_authorization(proxy_url: str) -> str | None:
         return None
     credentials = f"{unquote(url.username)}:{unquote(url.password or '')}"
     return "Basic " + base64.b64encode(credentials.encode()).decode()
-
-
-def proxy_server(proxy_url: str) -> str:
-    """Scheme, host and port of a proxy, without its user and password."""
-    url = urlsplit(proxy_url)
-    return f"http://{url.netloc.rpartition('@')[2]}"

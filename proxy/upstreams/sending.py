@@ -31,7 +31,7 @@ from proxy.policy.catalog import FETCHED_KEYS, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.failures import mask_of
 from proxy.upstreams.headers import CONTROL, SERVER_NAME, header_lines
-from proxy.upstreams.network import proxy_authorization, proxy_server, upstream_socket
+from proxy.upstreams.network import proxy_authorization, upstream_socket
 from proxy.upstreams.spool import Spliced
 
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
@@ -39,6 +39,7 @@ _SENT_BYTES_PER_S = 64 * 1024
 # The largest body that is sent with one write. A larger one is sent in pieces, as the upstream takes them.
 _ONE_WRITE_BYTES_MAX = 2**20
 _PIECE_BYTES = 2**18
+_BROKE_OFF = "The upstream broke off in the middle of its answer."
 # Sent with a call that has no such header. A client's own name passes; the library would name itself and Python.
 _DEFAULT_HEADERS = {"accept": "*/*", "user-agent": SERVER_NAME}
 
@@ -57,7 +58,7 @@ class Route:
         base = URL(upstream.base_url, encoded=True)
         host = base.host_port_subcomponent or ""
         proxy = "" if transport.proxy is None else transport.proxy.reveal()
-        proxy_url = URL(proxy_server(proxy)) if proxy else None
+        proxy_url = URL(proxy).origin() if proxy else None
         credentials = {"proxy-authorization": found} if (found := proxy_authorization(proxy)) else {}
         self.upstream = upstream
         self.tls = tls
@@ -135,31 +136,21 @@ class Connector(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close)
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        kept = await super()._get(key, traces)
-        while kept is not None and (kept.protocol is None or kept.protocol.should_close):
+        while (kept := await super()._get(key, traces)) is not None:
+            if kept.protocol is not None and not kept.protocol.should_close:
+                break
             kept.close()
-            kept = await super()._get(key, traces)
         return kept
 
 
 class _Protocol(ResponseHandler):
-    """A connection that wakes the reader of an answer's body whenever no more of it can come.
+    """A connection that tells whoever reads the body of an answer that it has changed."""
 
-    The library does so in most cases. But its parser in C forgets the body when it finds an error in the chunks (`zz`
-    where a length belongs), and a connector that is closed forgets it too.
-    """
-
-    body: aiohttp.StreamReader | None = None  # of the answer that is being read
     on_change: Callable[[], None] | None = None  # called after the body has got bytes, its end, or a failure
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if data and self.on_change is not None:  # without data it is called while the body is being read
-            self.on_change()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        if self.on_change is not None:
             self.on_change()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -169,10 +160,8 @@ class _Protocol(ResponseHandler):
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         super().set_exception(exc, *cause)
-        if self.body is not None and not self.body.is_eof() and self.body.exception() is None:
-            self.body.set_exception(aiohttp.ClientPayloadError("the connection is gone"))
-            if self.on_change is not None:
-                self.on_change()
+        if self.on_change is not None:
+            self._loop.call_soon(self.on_change)  # not at once: a read of the body may have led to it
 
 
 class Exchange:
@@ -188,7 +177,7 @@ class Exchange:
         self.was_sent = False  # the upstream may have received the call
         self._has_body = has_body  # whether the answer to this method has one
         self._is_complete = False  # the whole body was read
-        self._route = route
+        self.route = route
         self._connection: Connection | None = None  # None before and after
         self._content: aiohttp.StreamReader | None = None  # None until the head has come
         self._upload: asyncio.Task[None] | None = None  # writes a body that is sent in pieces
@@ -209,80 +198,86 @@ class Exchange:
             message, content = await protocol.read()
             while 100 <= message.code < 200 and message.code != 101:
                 message, content = await protocol.read()
-            if message.code == 407 and self._route.is_read_by_proxy:
-                raise self._route.unreachable(_refused_by_proxy(self._route, 407))
-            protocol.body = self._content = content
+            if message.code == 407 and self.route.is_read_by_proxy:
+                raise self.route.unreachable(_refused_by_proxy(self.route, 407))
+            self._content = content
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             drop_frames(error)  # the library's frames have the body
             raise self._failure(error) from None
         finally:
             if self._content is None:
                 self.end()
-        if (broken := protocol.exception()) is not None:
-            protocol.set_exception(broken)  # it came after the head, when there was nobody to wake
         self.status, self.headers = message.code, message.headers
         self._is_until_closed = not message.chunked and "content-length" not in message.headers
         self._until = inf
 
     async def read(self) -> bytes:
         """The next bytes of the body; none at its end. Raises UpstreamError and UpstreamTimeout."""
-        if self._is_complete:
-            return b""
-        content = self._content
-        assert content is not None, "begin() first"
-        try:
-            self._until = self.first_byte_until or self._loop.time() + self._route.idle_s
-            chunk = await content.readany()
-            self._until = inf
-            if not chunk or (content.at_eof() and not self._is_until_closed):
-                # A body without a length or chunks ends with its connection, but not if that was reset.
-                if self._is_until_closed and self._connection is not None:
-                    lost = self._protocol.exception()
-                    if not isinstance(lost, aiohttp.ServerDisconnectedError | None):
-                        raise aiohttp.ClientPayloadError("the connection was reset")
-                self._is_complete = True
-                self.end()
-        except TimeoutError:
-            raise self._late("The upstream stopped sending in the middle of its answer.") from None
-        # The library raises a RuntimeError for a read after its connection is gone.
-        except (aiohttp.ClientError, OSError, RuntimeError):
-            raise UpstreamError("The upstream broke off in the middle of its answer.") from None
-        self.first_byte_until = None
-        return chunk
+        chunks: list[bytes] = []
 
-    async def push(self, take: Callable[[bytes], bool]) -> bool:
+        def take(chunk: bytes) -> bool:
+            chunks.append(chunk)
+            return False
+
+        await self.pass_on(take)
+        return b"".join(chunks)
+
+    async def pass_on(self, take: Callable[[bytes], bool]) -> bool:
         """Call `take` with the bytes of the body as they arrive, without waking a task for each of them.
 
-        Returns False as soon as `take` does, and True if something else has to be read: the end, or a failure.
+        Returns True as soon as `take` returns False: the rest can be read later. Returns False at the body's end.
+        Raises UpstreamError and UpstreamTimeout, and what `take` raises.
         """
-        content, loop, idle_s = self._content, self._loop, self._route.idle_s
-        assert content is not None, "begin() first"
-        ended: asyncio.Future[bool] = loop.create_future()
+        if self._connection is None:
+            if self._is_complete:
+                return False
+            raise UpstreamError(_BROKE_OFF)
+        is_stopped = self._take(take)
+        if is_stopped is not None:
+            return is_stopped
+        changed: asyncio.Future[bool] = self._loop.create_future()
 
-        def end(result: bool) -> None:
-            if not ended.done():  # `take` may have led to the cancellation of whoever waits
-                ended.set_result(result)
-
-        def changed() -> None:
+        def on_change() -> None:
+            if changed.done():  # the task that waits has not gone on yet
+                return
             try:
-                while not ended.done() and content.exception() is None and (chunk := content.read_nowait()):
-                    self._until = loop.time() + idle_s
-                    if not take(chunk):
-                        end(False)
-                if content.exception() is not None or content.is_eof():
-                    end(True)
+                is_stopped = self._take(take)
+                self._until = self.first_byte_until or self._loop.time() + self.route.idle_s
+                if is_stopped is not None and not changed.done():  # `take` may have led to its cancellation
+                    changed.set_result(is_stopped)
             except Exception as error:  # noqa: BLE001 - whatever `take` raises is raised to whoever waits
-                if not ended.done():
-                    ended.set_exception(error)
+                if not changed.done():
+                    changed.set_exception(error)
 
-        self._until = loop.time() + idle_s
-        self._protocol.on_change = changed
+        self._until = self.first_byte_until or self._loop.time() + self.route.idle_s
+        self._protocol.on_change = on_change
         try:
-            changed()  # it may have got more while it was being read
-            return await ended
+            return await changed
         finally:
-            self._protocol.on_change = None
             self._until = inf
+
+    def _take(self, take: Callable[[bytes], bool]) -> bool | None:
+        """Call `take` with what has arrived. Returns and raises what `pass_on` does; None if more may come."""
+        content, is_stopped = self._content, False
+        assert content is not None, "begin() first"
+        while not is_stopped and content.exception() is None and (chunk := content.read_nowait()):
+            self.first_byte_until = None
+            is_stopped = not take(chunk)
+        # The library's parser forgets the body when it finds an error in the chunks (`zz` where a length belongs),
+        # and so does a connector that is closed.
+        failure = content.exception() or self._protocol.exception()
+        # A body without a length or chunks ends with its connection, but not if that was reset.
+        is_end = not self._is_until_closed or isinstance(failure, aiohttp.ServerDisconnectedError | None)
+        if is_end and content.at_eof() and content.exception() is None:
+            self._is_complete = True
+            self.end()
+        elif not is_stopped:
+            if isinstance(failure, TimeoutError):
+                raise self._late("The upstream stopped sending in the middle of its answer.")
+            if failure is not None:
+                raise UpstreamError(_BROKE_OFF)
+            return None
+        return is_stopped
 
     def end(self) -> None:
         """Give the connection back for other calls, or close it, if it is in the middle of a request or an answer."""
@@ -290,9 +285,9 @@ class Exchange:
         if connection is None:
             return
         self._timer.cancel()
+        self._protocol.on_change = None
         is_written = self._upload is None or self._upload.done()
         if is_written and self._content is not None and not self._protocol.should_close:
-            self._protocol.body = None
             connection.release()
             return
         if self._upload is not None:
@@ -301,7 +296,7 @@ class Exchange:
         connection.close()
 
     async def _connect(self, connector: Connector) -> _Protocol:
-        route = self._route
+        route = self.route
         self._connection = await connector._get(route.key, [])
         self.is_kept = self._connection is not None
         if self._connection is None:
@@ -314,7 +309,7 @@ class Exchange:
 
     def _send(self, protocol: _Protocol, uploads: Tasks, head: bytes, body: bytes | Spliced) -> None:
         # For body and head together: an upstream may send one line of it every minute, or 103 again and again.
-        self._until = self._loop.time() + self._route.idle_s + len(body) / _SENT_BYTES_PER_S
+        self._until = self._loop.time() + self.route.idle_s + len(body) / _SENT_BYTES_PER_S
         self._check_time()
         transport = protocol.transport
         if transport is None or transport.is_closing():
@@ -343,8 +338,8 @@ class Exchange:
 
     def _note_written(self) -> None:
         """The whole body is written, so the time until the first byte of the answer begins."""
-        if self._route.first_byte_s is not None and self._content is None:
-            self._until = self.first_byte_until = self._loop.time() + self._route.first_byte_s
+        if self.route.first_byte_s is not None and self._content is None:
+            self._until = self.first_byte_until = self._loop.time() + self.route.first_byte_s
             self._timer.cancel()
             self._check_time()
 
@@ -352,20 +347,17 @@ class Exchange:
         """End the wait for the next bytes if its time is over. Otherwise check again before any other can be over."""
         now = self._loop.time()
         if now >= self._until:
-            (self._protocol if self._content is None else self._content).set_exception(TimeoutError())
-            if self._protocol.on_change is not None:
-                self._protocol.on_change()
+            self._protocol.set_exception(TimeoutError())
         else:
-            next_check = min(self._until, now + self._route.idle_s)
+            next_check = min(self._until, now + self.route.idle_s)
             self._timer = self._loop.call_at(next_check, self._check_time)
 
     def _failure(self, error: Exception) -> UpstreamError:
         """What is raised for a request without an answer."""
         if self._connection is None:
-            return self._route.unreachable(why_unreachable(error, self._route))
+            return self.route.unreachable(why_unreachable(error, self.route))
         if not isinstance(error, TimeoutError):
-            text = "The upstream closed the connection without an answer."
-            return UpstreamError(text, was_sent=self.was_sent)
+            return UpstreamError("The upstream closed the connection without an answer.", was_sent=self.was_sent)
         return self._late("The upstream did not answer in time.")
 
     def _late(self, text: str) -> UpstreamTimeout:

@@ -19,7 +19,7 @@ No sockets and no clock but that of the event loop, for the time that a call may
 """
 
 import asyncio
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -91,19 +91,18 @@ class Slots:
     """The slots of all upstreams of one process, by the names of upstreams."""
 
     def __init__(self) -> None:
-        self._upstreams: dict[str, _Upstream] = {}
+        self._upstreams: defaultdict[str, _Upstream] = defaultdict(_Upstream)
         self._turns = 0
 
     def set_limits(self, limits: Mapping[str, int | None]) -> None:
         """Set the number of slots of each upstream; None is no limit. An upstream that is not named keeps its own."""
         for name, limit in limits.items():
-            self._of(name).limit = limit
+            self._upstreams[name].limit = limit
             self._hand_out(name)
 
     def is_full(self, name: str) -> bool:
         """Whether no slot of this upstream is free."""
-        found = self._upstreams.get(name)
-        return found is not None and found.is_full
+        return self._upstreams[name].is_full
 
     def loads(self) -> dict[str, Load]:
         """The calls of each upstream."""
@@ -111,7 +110,7 @@ class Slots:
 
     def take(self, name: str, user: str) -> None:
         """Take a slot for a call of this user. The upstream must not be full."""
-        self._begin(self._of(name), user)
+        self._begin(self._upstreams[name], user)
 
     async def wait(self, names: Iterable[str], user: str, *, wait_s: float) -> str | None:
         """Take the next slot of any of these upstreams for a call of this user. All of them must be full.
@@ -135,7 +134,7 @@ class Slots:
 
     def give_back(self, name: str, user: str) -> None:
         """Give the slot of an ended call back, or to a call that waits."""
-        found = self._of(name)
+        found = self._upstreams[name]
         found.in_flight -= 1
         if found.held[user] > 1:
             found.held[user] -= 1
@@ -146,12 +145,6 @@ class Slots:
         if found.queues:
             self._hand_out(name)
 
-    def _of(self, name: str) -> _Upstream:
-        found = self._upstreams.get(name)
-        if found is None:
-            found = self._upstreams[name] = _Upstream()
-        return found
-
     def _begin(self, found: _Upstream, user: str) -> None:
         self._turns += 1
         found.in_flight += 1
@@ -160,7 +153,7 @@ class Slots:
 
     def _hand_out(self, name: str) -> None:
         """Give free slots to calls that wait."""
-        found = self._of(name)
+        found = self._upstreams[name]
         while found.queues and not found.is_full and (waiter := found.next_waiter()) is not None:
             self._begin(found, waiter.user)
             self._leave(waiter)
@@ -168,7 +161,7 @@ class Slots:
 
     def _join(self, waiter: _Waiter) -> None:
         for name in waiter.names:
-            found = self._of(name)
+            found = self._upstreams[name]
             found.queues.setdefault(waiter.user, deque()).append(waiter)
             found.waiting += 1
 
@@ -176,7 +169,7 @@ class Slots:
         """Take a call out of all queues. Does nothing the second time."""
         names, waiter.names = waiter.names, ()
         for name in names:
-            found = self._of(name)
+            found = self._upstreams[name]
             queue = found.queues[waiter.user]
             queue.remove(waiter)
             found.waiting -= 1

@@ -73,7 +73,8 @@ async def _try(lists: ModelLists, upstream: Upstream, names: Collection[str]) ->
         return Trial(upstream.name, "ok", "it answers and accepts the key; it does not list deployments")
     reached = f"it answers, and lists {len(listed)} model{'' if len(listed) == 1 else 's'}"
     if upstream.api_key is not None:
-        is_checked = not await _lists_without_key(lists, upstream, path)
+        # If anybody gets the list, it says nothing about the key.
+        is_checked = await _status_of_list(lists, replace(upstream, api_key=None), path) != 200
         reached += ", with the key" if is_checked else ", also without the key, so the key was not checked"
     if missing := _missing(upstream, names, listed):
         shown = ", ".join(missing[:_NAMES_SHOWN]) + (" and others" if len(missing) > _NAMES_SHOWN else "")
@@ -94,9 +95,11 @@ async def _not_listed(lists: ModelLists, upstream: Upstream, error: NotListed) -
         case 429:
             text = "it answers, but limits requests now (status 429), so the key was not checked; try again later"
             return Trial(upstream.name, "warning", text)
-        case 404 | 405 if not upstream.base_url.endswith("/v1") and await _is_below_v1(lists, upstream):
-            return _error(upstream, f"its API is at another address; write base_url: {upstream.base_url}/v1")
         case 404 | 405:
+            below = replace(upstream, base_url=f"{upstream.base_url}/v1")
+            may_be_below = not upstream.base_url.endswith("/v1")
+            if may_be_below and await _status_of_list(lists, below, "/models") in (200, 401, 403):
+                return _error(upstream, f"its API is at another address; write base_url: {below.base_url}")
             text = (
                 f"it answers, but has no list of models (status {error.status}), so the key was not checked; check "
                 "base_url, unless it is known to have none"
@@ -107,24 +110,15 @@ async def _not_listed(lists: ModelLists, upstream: Upstream, error: NotListed) -
     return _error(upstream, f"{error}; {'look into its log' if error.status >= 500 else 'check base_url and kind'}")
 
 
-async def _is_below_v1(lists: ModelLists, upstream: Upstream) -> bool:
-    """Whether its API is at its `base_url` with /v1 behind."""
+async def _status_of_list(lists: ModelLists, upstream: Upstream, path: str) -> int | None:
+    """The status of the answer to a request for the list; None if there is none, or if it is no list."""
     try:
-        await lists.read(replace(upstream, base_url=f"{upstream.base_url}/v1"), "/models")
+        await lists.read(upstream, path)
     except NotListed as error:
-        return error.status in (401, 403)
+        return error.status
     except (UpstreamError, ValueError):
-        return False
-    return True
-
-
-async def _lists_without_key(lists: ModelLists, upstream: Upstream, path: str) -> bool:
-    """Whether anybody gets the list. Then it says nothing about the key."""
-    try:
-        await lists.read(replace(upstream, api_key=None), path)
-    except (UpstreamError, ValueError):
-        return False
-    return True
+        return None
+    return 200
 
 
 def _missing(upstream: Upstream, names: Collection[str], listed: Listed) -> list[str]:

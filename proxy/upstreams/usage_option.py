@@ -32,9 +32,9 @@ class UsageOptionCache:
     """Which addresses accept the option, as one process has seen it."""
 
     def __init__(self) -> None:
-        # The keys are the upstream's base_url, the address there, and the model.
-        self._accepted: set[tuple[str, str, str]] = set()
-        self._calls_without: dict[tuple[str, str, str], int] = {}
+        # How many calls go without the option; None once it was accepted. The keys are the upstream's base_url, the
+        # address there, and the model.
+        self._calls_without: dict[tuple[str, str, str], int | None] = {}
 
     def should_send(self, address: str, model: Model) -> bool:
         """Whether the call that is about to be sent may have the option.
@@ -42,7 +42,7 @@ class UsageOptionCache:
         If not, the call counts as one of the hundred that go without it.
         """
         key = _key(address, model)
-        remaining = self._calls_without.pop(key, 0)
+        remaining = self._calls_without.get(key)
         if remaining:
             self._calls_without[key] = remaining - 1
         return not remaining
@@ -54,12 +54,11 @@ class UsageOptionCache:
         one client could turn off the usage of all others with a request that is rejected for another reason.
         """
         key = _key(address, model)
-        if len(self._accepted) + len(self._calls_without) >= _ADDRESSES_MAX:
-            self._accepted.clear()
+        if len(self._calls_without) >= _ADDRESSES_MAX:
             self._calls_without.clear()
         if is_accepted:
-            self._accepted.add(key)
-        elif key not in self._accepted:
+            self._calls_without[key] = None
+        elif self._calls_without.get(key, 0) is not None:
             self._calls_without[key] = _CALLS_WITHOUT
 
 

@@ -42,7 +42,6 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
     clock.now_s = 100.004
     line.mark_asked()
     clock.now_s = 100.010
-    line.mark_decided()
     line.mark_admitted(ENTRY)
     line.mark_sent()
     line.mark_failed("azure")

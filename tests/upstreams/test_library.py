@@ -46,7 +46,7 @@ INTERNALS = {
         ResponseHandler,
         "data_received",
     ): "parses what arrives, and feeds the reader of the body; without data what was left while reading was paused",
-    (ResponseHandler, "connection_lost"): "ends the body of an answer, or calls set_exception",
+    (ResponseHandler, "connection_lost"): "ends the body of an answer, and calls set_exception",
     (
         ResponseHandler,
         "resume_reading",
@@ -81,7 +81,7 @@ PARAMETERS = {
     ),
 }
 # What sending.py adds to aiohttp's classes.
-ADDED = {ResponseHandler: ["body", "on_change"]}
+ADDED = {ResponseHandler: ["on_change"]}
 SUBCLASSES = {aiohttp.TCPConnector: sending.Connector, ResponseHandler: sending._Protocol}
 ADVICE = (
     "Look into aiohttp's connector.py, client_proto.py and client_reqrep.py, and run tests/upstreams/test_wire.py."

@@ -15,7 +15,8 @@ import pytest
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy.catalog import Secret, Transport, Upstream
 from proxy.upstreams.client import Upstreams
-from proxy.upstreams.network import keep_alive, proxy_authorization, proxy_server
+from proxy.upstreams.network import keep_alive, proxy_authorization
+from proxy.upstreams.sending import Route
 from tests.bare_upstream import connections, opened
 from tests.certificates import Authority
 from tests.forward_proxy import forward_proxy
@@ -137,12 +138,14 @@ async def test_a_proxy_that_does_not_answer_is_given_up_in_time() -> None:
         assert error.reason == f"no connection within 0.2 s (through the proxy 127.0.0.1:{port})"
 
 
-def test_the_credentials_of_a_proxy() -> None:
+async def test_the_credentials_of_a_proxy() -> None:
     """They are decoded, and kept out of its address."""
     assert proxy_authorization("http://proxy:3128") is None
     assert proxy_authorization("http://:x@proxy:3128") is None
     assert proxy_authorization("http://me@proxy:3128") == "Basic bWU6"
-    assert proxy_server("http://me:p%40ss@proxy:3128") == "http://proxy:3128"
+    transport = Transport(proxy=Secret("http://me:p%40ss@proxy:3128"))
+    route = Route(Upstream("up", "https://llm.example/v1", None, transport=transport), True)
+    assert str(route.destination.proxy) == "http://proxy:3128"
 
 
 # ------------------------------------------------------------------------------------------------------- certificates
@@ -269,15 +272,15 @@ async def test_an_answer_that_has_begun_may_pause() -> None:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.2)
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
         writer.write(HEAD + b"\r\n{")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.2)
         writer.write(b"}")
 
     async with connections(serve) as port, opened() as upstreams:
-        up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(first_byte_timeout_ms=300))
+        up = Upstream("up", f"http://127.0.0.1:{port}", None, transport=Transport(first_byte_timeout_ms=1000))
         assert await ask(upstreams, up, b"x" * 2**25) == b"{}"
 
 

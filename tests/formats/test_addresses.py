@@ -3,8 +3,8 @@
 import pytest
 
 from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
+from proxy.formats.kinds import kind_of
 from proxy.policy.catalog import Model, Upstream
-from proxy.upstreams.addresses import address_at, address_of
 
 RESOURCE = "https://res.openai.azure.com"
 
@@ -14,6 +14,13 @@ def model(
 ) -> Model:
     """A model at an upstream of this kind."""
     return Model("m", Upstream("up", base_url, None, kind=kind, api_version=api_version), name)
+
+
+def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> str:
+    """The path and query of a call at this kind of upstream."""
+    deployment = model.upstream_model if endpoint.has_deployments else None
+    kind = kind_of(model.upstream.kind)
+    return kind.address(model.upstream, endpoint.path, deployment=deployment, api_version=api_version)
 
 
 @pytest.mark.parametrize("endpoint", METERED)
@@ -48,7 +55,7 @@ def test_azure_has_one_path_for_each_deployment(endpoint: Endpoint, base_url: st
 def test_the_address_of_a_stored_response_follows_the_same_rules(kind: str, base_url: str, address: str) -> None:
     """OpenAI's path is used, and at Azure the version is added."""
     upstream = model(kind=kind, base_url=base_url).upstream
-    assert address_at(upstream, "/responses/resp_1", api_version="2025-04-01-preview") == address
+    assert kind_of(kind).address(upstream, "/responses/resp_1", api_version="2025-04-01-preview") == address
 
 
 @pytest.mark.parametrize(
