@@ -86,17 +86,24 @@ Start = Callable[[Call, Reservation], Awaitable[None]]
 
 
 class Candidate:
-    """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
+    """A call in the form in which one of its targets gets it, with its own body and token count.
 
-    __slots__ = ("_body", "call", "count", "upstream")
+    `sent` is the call as it was sent last, and `answer` the answer to that. An attempt without an answer leaves both.
+    `has_slot` says that a slot of its upstream was taken for it.
+    """
 
-    def __init__(self, call: Call, tokenizers: Tokenizers, *, prompt: Prompt, keeps_body: bool) -> None:
+    __slots__ = ("_body", "_slots", "answer", "call", "count", "has_slot", "sent", "upstream")
+
+    def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots, *, prompt: Prompt, keeps_body: bool) -> None:
         body = call.body()
-        self.call = call
+        self.call = self.sent = call
+        self.answer: Answer | None = None
         self.upstream = call.model.upstream
         self.count = TokenCount(
             tokenizers, call.request, call.model, prompt=prompt, body_bytes=len(body), previous=call.previous
         )
+        self.has_slot = False
+        self._slots = slots
         self._body = body if keeps_body else None
 
     def meter(self) -> Meter:
@@ -119,6 +126,14 @@ class Candidate:
         """Drop the body that was written in advance."""
         self._body = None
 
+    def close(self) -> None:
+        """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
+        if self.answer is not None:
+            self.answer.close()
+        if self.has_slot:
+            self.has_slot = False
+            self._slots.give_back(self.upstream.name, self.call.caller.user)
+
 
 class Candidates:
     """A call in the form in which each target of its model gets it. `demand` is enough for any of them.
@@ -128,7 +143,7 @@ class Candidates:
 
     __slots__ = ("_candidates", "demand", "first", "targets", "user", "wait_s")
 
-    def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
+    def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots) -> None:
         self.user = call.caller.user
         self.wait_s = call.wait_s
         self.targets = call.model.targets
@@ -136,7 +151,7 @@ class Candidates:
         # for each target.
         keeps_body, prompt = len(self.targets) == 1, prompt_of(call.request)
         self._candidates = [
-            Candidate(call.with_target(target), tokenizers, prompt=prompt, keeps_body=keeps_body)
+            Candidate(call.with_target(target), tokenizers, slots, prompt=prompt, keeps_body=keeps_body)
             for target in self.targets
         ]
         self.first = self._candidates[0]
@@ -176,26 +191,6 @@ class Candidates:
         self.first.call.request.body.free()
 
 
-class Attempt:
-    """One attempt of a call: how it was sent, its answer, and the slot of its upstream, which was taken for it."""
-
-    __slots__ = ("_has_slot", "_slots", "answer", "call")
-
-    def __init__(self, call: Call, slots: Slots) -> None:
-        self.call = call
-        self.answer: Answer | None = None
-        self._slots = slots
-        self._has_slot = True
-
-    def close(self) -> None:
-        """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
-        if self.answer is not None:
-            self.answer.close()
-        if self._has_slot:
-            self._has_slot = False
-            self._slots.give_back(self.call.model.upstream.name, self.call.caller.user)
-
-
 class Dispatcher:
     """Sends calls, and remembers which upstreams are in cooldown and which accept the usage option.
 
@@ -232,14 +227,15 @@ class Dispatcher:
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
-        candidates = await self.threads.run(Candidates, call, self._tokenizers, cost=call.request.body.cost)
+        cost = call.request.body.cost
+        candidates = await self.threads.run(Candidates, call, self._tokenizers, self.slots, cost=cost)
         await candidates.set_contexts(self.model_lists)
         return candidates
 
-    async def answer(self, candidates: Candidates, reservation: Reservation, *, start: Start) -> Attempt:
-        """The attempt whose answer is for the client. The caller closes it.
+    async def answer(self, candidates: Candidates, reservation: Reservation, *, start: Start) -> Candidate:
+        """The candidate whose answer is for the client. The caller closes it.
 
-        This is the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
+        It has the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
         upstream answered, or if the call may have run and gave no answer, and UpstreamFull if it got no slot in time.
 
         `start` sends the head of the stream, if the upstream has a `heartbeat` and is silent for so long.
@@ -247,29 +243,29 @@ class Dispatcher:
         routing: RoutingState | None = RoutingState(
             candidates.targets, deadline=self._now() + candidates.first.call.policy.retry_for_ms
         )
-        last_failure: Attempt | None = None
+        last_failure: Candidate | None = None
         while routing is not None:
             target, state = await self._next_target(candidates, routing)
             if target is None:
                 break
             candidate = candidates.for_target(target)
-            attempt = Attempt(candidate.call, self.slots)
+            candidate.has_slot = True
             is_final = False
             try:
-                answer = await self._attempt(attempt, candidate, reservation, start)
+                answer = await self._attempt(candidate, reservation, start)
                 status = answer.status
                 if len(state.remaining) > 1 or status // 100 != 2:
-                    status = await _status_from_body(answer, attempt.call, reservation, start)
+                    status = await _status_from_body(answer, candidate.sent, reservation, start)
                 routing = self._after_answer(answer, status, state, candidate)
                 is_final = routing is None
                 if is_final:
                     candidates.free_body()
-                    return attempt
+                    return candidate
                 # The call did not run. If the client leaves before the next attempt, nothing is charged.
                 reservation.is_sent = False
                 if answer.status // 100 != 2:  # otherwise its whole body has been read
                     await answer.error_body()  # kept by `answer`, whose connection is closed now
-                last_failure = attempt
+                last_failure = candidate
             except UpstreamError as error:
                 routing = self._after_error(error, state, candidate)
                 if routing is None and (error.was_sent or last_failure is None):
@@ -278,7 +274,7 @@ class Dispatcher:
                 reservation.is_sent = False
             finally:
                 if not is_final:
-                    attempt.close()
+                    candidate.close()
         if last_failure is None:
             raise self._full()
         reservation.target = last_failure.call.model
@@ -342,14 +338,11 @@ class Dispatcher:
         candidates.wait_s -= time() - began_s
         return name
 
-    async def _attempt(
-        self, attempt: Attempt, candidate: Candidate, reservation: Reservation, start: Start
-    ) -> Answer:
+    async def _attempt(self, candidate: Candidate, reservation: Reservation, start: Start) -> Answer:
         """Send the call to one target, and once more if the target rejects something that we wrote into it.
 
-        The attempt has the call as it was sent last, and the answer to that, which is returned. The second time
-        counts as the same attempt: the client did not write what was rejected, so this is no failure of the client's
-        request. See `_amended`.
+        Returns the answer to the call as it was sent last. The second time counts as the same attempt: the client did
+        not write what was rejected, so this is no failure of the client's request. See `_amended`.
         """
         await candidate.count.count_large_input()
         # Before the attempt begins, so that a client that leaves while it waits is charged nothing.
@@ -374,7 +367,7 @@ class Dispatcher:
             sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
             del body  # a long answer must not keep it in memory
             answer = await with_heartbeat(sending, call, reservation, start)
-            attempt.call, attempt.answer = call, answer
+            candidate.sent, candidate.answer = call, answer
             amended = None
             if answer.status // 100 == 4:
                 amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
@@ -434,22 +427,19 @@ class Dispatcher:
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
         """Note a failure without an answer. Returns where the call may go now; None if it ends."""
         self.cooldowns.failed(candidate.upstream, self._now())
-        if isinstance(error, UpstreamTimeout) and error.may_be_moved and candidate.call.may_run_twice:
+        if error.may_be_moved and candidate.call.may_run_twice:
             elsewhere = self._next_attempt(routing, candidate, pause_ms=None)
             if elsewhere is not None:
                 self._note_failed(candidate, "abandoned", error.reason)
                 return elsewhere
+        outcome: AttemptOutcome = "failed" if isinstance(error, UpstreamUnreadable) else "unreachable"
         if error.was_sent:
-            self._note_failed(
-                candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
-            )
+            outcome = "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off"
+        self._note_failed(candidate, outcome, error.reason)
+        if error.was_sent:
             return None
-        if isinstance(error, UpstreamUnreadable):
-            self._note_failed(candidate, "failed", error.reason)
-            return self._next_attempt(routing, candidate, pause_ms=None)
-        self._note_failed(candidate, "unreachable", error.reason)
         # A key was already waited for.
-        pause_ms = None if isinstance(error, UpstreamWithoutKey) else UNREACHED_PAUSE_MS
+        pause_ms = None if isinstance(error, UpstreamUnreadable | UpstreamWithoutKey) else UNREACHED_PAUSE_MS
         return self._next_attempt(routing, candidate, pause_ms=pause_ms)
 
     def _after_answer(

@@ -40,7 +40,6 @@ from proxy.policy.admission import Verdict
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Failed, Rejected, failure_of
-from proxy.upstreams.models import ModelLists
 
 # One complete answer of so many is counted although its usage is stated, to compare the two counts.
 _COMPARED = 16
@@ -58,7 +57,7 @@ log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Takes calls to an upstream and back. `threads` are those of the dispatcher, which read large bodies.
+    """Takes calls to an upstream and back. `threads` and `model_lists` are those of the dispatcher.
 
     `activity` is told what the calls do, for whoever watches, and `metrics` are those of the dispatcher.
     `now` gives milliseconds since 1970. Only durations are taken from it: what a client is told goes by the ledger's
@@ -76,6 +75,7 @@ class Relay:
         now: Callable[[], int],
     ) -> None:
         self.threads = dispatcher.threads
+        self.model_lists = dispatcher.model_lists
         self._queue = queue
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
@@ -87,11 +87,6 @@ class Relay:
         self._durations = dispatcher.durations
         self._recorded_names = RecordedNames()
         self._answered = count()
-
-    @property
-    def model_lists(self) -> ModelLists:
-        """The models that the upstreams list."""
-        return self._dispatcher.model_lists
 
     async def carry(self, call: Call, renew: Renew) -> None:
         """Take one call to an upstream, and its answer to the client.
@@ -111,12 +106,12 @@ class Relay:
         watch = self._disconnects.watch(call, reservation)
         try:
             try:
-                attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
-                assert attempt.answer is not None, "an attempt that was returned has an answer"
+                chosen = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                assert chosen.answer is not None, "a candidate that was returned has an answer"
                 try:
-                    await self._forward(attempt.answer, attempt.call, reservation)
+                    await self._forward(chosen.answer, chosen.sent, reservation)
                 finally:
-                    attempt.close()
+                    chosen.close()
             except ProxyError as error:  # the client may leave while it is told
                 await self._end_failed(error, call, reservation)
         except asyncio.CancelledError:  # by `watch`, or because the server stops
