@@ -31,7 +31,7 @@ from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.amounts import Measure
 from proxy.policy.binding import Binding
-from proxy.policy.catalog import Catalog, Model, OnDisconnect
+from proxy.policy.catalog import Catalog, Model
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
@@ -158,11 +158,6 @@ class Call:
         it holds already, which other calls are waiting for.
         """
         return min(self.wait_s, self.policy.wait_s)
-
-    @property
-    def on_disconnect(self) -> OnDisconnect:
-        """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
-        return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
     @property
     def may_be_stored(self) -> bool:

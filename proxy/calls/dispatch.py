@@ -89,10 +89,10 @@ class Candidate:
     """A call in the form in which one of its targets gets it, with its own body and token count.
 
     `sent` is the call as it was sent last, and `answer` the answer to that. An attempt without an answer leaves both.
-    `has_slot` says that a slot of its upstream was taken for it.
+    `has_slot` says that a slot of its upstream was taken for it. `written` is the body, if it was written in advance.
     """
 
-    __slots__ = ("_body", "_slots", "answer", "call", "count", "has_slot", "sent", "upstream")
+    __slots__ = ("_slots", "answer", "call", "count", "has_slot", "sent", "upstream", "written")
 
     def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots, *, prompt: Prompt, keeps_body: bool) -> None:
         body = call.body()
@@ -104,7 +104,7 @@ class Candidate:
         )
         self.has_slot = False
         self._slots = slots
-        self._body = body if keeps_body else None
+        self.written = body if keeps_body else None
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
@@ -120,11 +120,7 @@ class Candidate:
 
     def body(self, call: Call) -> bytes | Spliced:
         """The body to send for `call`: this candidate's, or the same without the usage option or with a maximum."""
-        return call.body() if self._body is None or call is not self.call else self._body
-
-    def free_body(self) -> None:
-        """Drop the body that was written in advance."""
-        self._body = None
+        return call.body() if self.written is None or call is not self.call else self.written
 
     def close(self) -> None:
         """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
@@ -141,10 +137,9 @@ class Candidates:
     `wait_s` is how long it may still wait for calls in flight, in seconds.
     """
 
-    __slots__ = ("_candidates", "demand", "first", "targets", "user", "wait_s")
+    __slots__ = ("_candidates", "demand", "first", "targets", "wait_s")
 
     def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots) -> None:
-        self.user = call.caller.user
         self.wait_s = call.wait_s
         self.targets = call.model.targets
         # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
@@ -187,7 +182,7 @@ class Candidates:
     def free_body(self) -> None:
         """Drop all bodies. Only the texts of the input stay, in case they have to be counted."""
         for candidate in self._candidates:
-            candidate.free_body()
+            candidate.written = None
         self.first.call.request.body.free()
 
 
@@ -297,7 +292,7 @@ class Dispatcher:
             if self.slots.is_full(target.upstream.name):
                 return None
         target = self.cooldowns.choose(targets, self._now(), draw=self._draw())
-        self.slots.take(target.upstream.name, candidates.user)
+        self.slots.take(target.upstream.name, candidates.first.call.caller.user)
         return target
 
     async def _wait_for_target(
@@ -332,9 +327,8 @@ class Dispatcher:
         began_s = time()
         # The head of the stream may have been sent during an earlier attempt.
         with call.client.heartbeat(lambda: True) if call.client.has_begun else nullcontext():
-            name = await self.slots.wait(
-                [target.upstream.name for target in targets], candidates.user, wait_s=candidates.wait_s
-            )
+            names = [target.upstream.name for target in targets]
+            name = await self.slots.wait(names, call.caller.user, wait_s=candidates.wait_s)
         candidates.wait_s -= time() - began_s
         return name
 

@@ -244,8 +244,6 @@ class Relay:
                 raise  # the server stops
             client.task.uncancel()
             raise ClientLeft from None
-        finally:
-            client.on_disconnected(None)
 
     async def _end_failed(self, error: ProxyError, call: Call, reservation: Reservation) -> None:
         """End a call whose upstream failed. Raises the error, or sends it as an event if the answer has begun."""
@@ -301,7 +299,7 @@ class Relay:
         client = call.client
         stream = Stream(reservation.meter, mask=answer.mask)
         await self._start_stream(call, reservation, answer)
-        await reservation.ready_to_count()
+        await reservation.count.ready()  # only the first stream of a process has to wait
 
         def forward(chunk: bytes) -> bool:
             """Send what may pass of it. Returns whether more may be taken at once."""
