@@ -396,8 +396,7 @@ def _names(line: LogLine) -> dict[str, object]:
 
 def _level(status: QuotaStatus) -> int:
     """The highest of LEVELS that a limit of the quota has reached; 0: none. A limit of 0 is a switch."""
-    percents = [100 * use.used // use.limit.maximum for use in status.uses if use.limit.maximum]
-    percent = max(percents, default=0)
+    percent = max((100 * use.used // use.limit.maximum for use in status.uses if use.limit.maximum), default=0)
     return next((level for level in LEVELS if percent >= level), 0)
 
 

@@ -276,16 +276,6 @@ class Dispatcher:
         candidates.free_body()
         return last_failure
 
-    async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
-        """The target of the next attempt, with a slot of its upstream, and the state from then on.
-
-        Waits for the pause before the attempt, and for a slot. There is no target if the call got no slot in time.
-        """
-        if routing.pause_ms:
-            await asyncio.sleep(routing.pause_ms / 1000)
-        target = self._take_free(routing.remaining, candidates)
-        return (target, routing) if target is not None else await self._wait_for_target(candidates, routing)
-
     def _take_free(self, targets: Sequence[Model], candidates: Candidates) -> Model | None:
         """One of these targets, with a slot of its upstream; None if one of their upstreams is full."""
         for target in targets:
@@ -295,15 +285,21 @@ class Dispatcher:
         self.slots.take(target.upstream.name, candidates.first.call.caller.user)
         return target
 
-    async def _wait_for_target(
-        self, candidates: Candidates, routing: RoutingState
-    ) -> tuple[Model | None, RoutingState]:
-        """Choose a target although an upstream is full. The deadline of the state is later by the wait for a slot.
+    async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
+        """The target of the next attempt, with a slot of its upstream, and the state from then on.
 
-        A full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that
-        are only full. When it can't wait any longer, an upstream in cooldown is better than none.
+        Waits for the pause before the attempt, and for a slot; the deadline of the state is later by that wait. A
+        full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that are
+        only full. When it can't wait any longer, an upstream in cooldown is better than none. There is no target if
+        the call got no slot in time.
         """
-        targets, began = routing.remaining, self._now()
+        if routing.pause_ms:
+            await asyncio.sleep(routing.pause_ms / 1000)
+        targets = routing.remaining
+        target = self._take_free(targets, candidates)
+        if target is not None:
+            return target, routing
+        began = self._now()
         free, available = self._free(targets), self.cooldowns.available(targets, began)
         ready = self._free(available)
         if not ready and (available or not free):
@@ -348,7 +344,8 @@ class Dispatcher:
         if reservation.entry.capped_by:
             call = call.capped(reservation.entry, context=await self._context(candidate))
         if call.request.stream:
-            candidate.count.begin_to_load()  # its pieces may have to be counted; while the upstream reads the prompt
+            # Its pieces may have to be counted. The upstream reads the prompt meanwhile.
+            self._tokenizers.begin_to_load(candidate.count.encoding.name)
         reservation.begin_attempt(call.model, meter, count=candidate.count)
         line = call.client.line
         line.mark_sent()

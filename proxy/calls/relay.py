@@ -11,6 +11,7 @@ in the next moment.
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
@@ -228,7 +229,7 @@ class Relay:
                 call, candidates = latest, await self._dispatcher.candidates(latest)
                 return operation()
 
-            client.line.mark_asked()
+            client.line.asked_s = client.line.clock()
             time = asyncio.get_running_loop().time
             began_s = time()
             reply = await self._queue.reserve(
@@ -328,7 +329,10 @@ class Relay:
         await reservation.end(_outcome(call, reservation.meter))
         await client.write(stream.end())
         await client.end()
-        await _read_to_end(answer)
+        # The rest of the body after the last event, usually nothing, so that the connection can be used again.
+        with suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_READ_TO_END_S):
+                await answer.pass_on(lambda _: True)
 
     async def _end_at_limit(self, stream: Stream, call: Call, reservation: Reservation) -> None:
         """End the answer because no more can be held.
@@ -415,12 +419,3 @@ def _outcome(call: Call, meter: Meter) -> Outcome:
     if call.client.is_disconnected:
         return "client_left"
     return "upstream_broke" if meter.has_error else "complete"
-
-
-async def _read_to_end(answer: Answer) -> None:
-    """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
-    try:
-        async with asyncio.timeout(_READ_TO_END_S):
-            await answer.pass_on(lambda _: True)
-    except (UpstreamError, TimeoutError):
-        pass  # the connection is closed instead

@@ -52,7 +52,6 @@ HOLD_STEP = 1024
 _MISCOUNT_FACTOR = 2
 _MISCOUNT_TOKENS = 64
 
-
 log = structlog.get_logger("reservation")
 
 
