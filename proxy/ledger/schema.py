@@ -121,7 +121,7 @@ def _optional(type_: type[TypeEngine[Any]], names: str) -> list[Column[Any]]:
 
 
 def _table(name: str, *items: SchemaItem) -> Table:
-    """A table whose rows are in the order of its primary key, on SQLite too."""
+    """A table that SQLite keeps in the order of its primary key."""
     return Table(name, metadata, *items, sqlite_with_rowid=False)
 
 
