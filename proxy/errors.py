@@ -239,13 +239,16 @@ class TooManyReads(ProxyError):
 class UpstreamError(ProxyError):
     """The upstream could not be reached, failed, or refused the proxy's key. It is never the user's fault.
 
-    `was_sent` says whether the call may have reached the upstream, and so may have cost something. `reason` is for
-    the log: it may name hosts, which the message must not. By default it is the message.
+    `was_sent` says whether the call may have reached the upstream, and so may have cost something. `may_be_moved`
+    says that nothing of an answer came within the operator's `first_byte_timeout`: the call may still run, but the
+    operator wants another upstream to get it. `reason` is for the log: it may name hosts, which the message must not.
+    By default it is the message.
     """
 
     status = 502
     type = "upstream_error"
     code = "upstream_error"
+    may_be_moved: bool = False
 
     def __init__(
         self,
@@ -290,15 +293,10 @@ class UpstreamFull(UpstreamError):
 
 
 class UpstreamTimeout(UpstreamError):
-    """The upstream took the call and did not answer in time.
-
-    `may_be_moved` says that nothing of an answer came within the operator's `first_byte_timeout`. The call may still
-    run, but the operator wants another upstream to get it.
-    """
+    """The upstream took the call and did not answer in time."""
 
     status = 504
     code = "upstream_timeout"
-    may_be_moved: bool = False
 
 
 class UpstreamUnreadable(UpstreamError):

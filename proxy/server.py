@@ -221,7 +221,7 @@ class Server:
             lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.policy.ledger_wait_s,
         )
-        self.ledger.measure_in(self.metrics)
+        self.ledger.metrics = self.metrics
         store.on_failover(self._read_again)
         # Records are as old as the ledger's clock says, which stamped them, and ids sort by that clock too.
         self.rollup = Rollup(store, now=self.ledger.now, keep=lambda: self.policies.current.policy.keep)

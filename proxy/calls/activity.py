@@ -10,7 +10,7 @@ out, and the batch says that it `is_incomplete`: who watches then has to read th
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
@@ -301,16 +301,10 @@ class Activity:
                 # With the end that the next call finds, which is earlier than the stored one after a change of `per`.
                 status = QuotaStatus(quota, counter_at(at, quota, counter))
                 batch.counters[key] = CounterState(at, orjson.dumps({"at": at, **_counter_shown(key, status)}))
-        if self._begun:
-            begun, self._begun = self._begun, Details()
-            batch.begun = _encoded(begun, (_call_shown(line) for _, line in begun.items))
-        if self._ended:
-            ended, self._ended = self._ended, Details()
-            batch.tokens, self._tokens = self._tokens, {}
-            batch.ended = _encoded(ended, (_end_shown(line, at) for _, (line, at) in ended.items))
-        if self._refused:
-            refused, self._refused = self._refused, Details()
-            batch.refused = _encoded(refused, (each.as_json() for _, each in refused.items))
+        batch.begun, self._begun = _encoded(self._begun, _call_shown), Details()
+        batch.ended, self._ended = _encoded(self._ended, _end_shown), Details()
+        batch.refused, self._refused = _encoded(self._refused, _RefusedCall.as_json), Details()
+        batch.tokens, self._tokens = self._tokens, {}
         return batch
 
     def take_notices(self, *, is_last: bool = False) -> tuple[list[RefusalRow], list[Crossing]]:
@@ -376,8 +370,9 @@ def _call_shown(line: LogLine) -> dict[str, object]:
     }
 
 
-def _end_shown(line: LogLine, ended_at: int) -> dict[str, object]:
-    """The end of a call as it is shown. Without a usage nothing was charged."""
+def _end_shown(ended: tuple[LogLine, int]) -> dict[str, object]:
+    """The end of a call as it is shown, with the time of its end. Without a usage nothing was charged."""
+    line, ended_at = ended
     usage = line.usage
     return {
         **_names(line),
@@ -401,8 +396,7 @@ def _names(line: LogLine) -> dict[str, object]:
 
 def _level(status: QuotaStatus) -> int:
     """The highest of LEVELS that a limit of the quota has reached; 0: none. A limit of 0 is a switch."""
-    percents = [100 * use.used // use.limit.maximum for use in status.uses if use.limit.maximum]
-    percent = max(percents, default=0)
+    percent = max((100 * use.used // use.limit.maximum for use in status.uses if use.limit.maximum), default=0)
     return next((level for level in LEVELS if percent >= level), 0)
 
 
@@ -431,6 +425,5 @@ def _quota_shown(status: QuotaStatus, user: str) -> dict[str, object]:
     }
 
 
-def _encoded(raw: Details[T], shown: Iterable[Mapping[str, object]]) -> Details[bytes]:
-    groups = (group for group, _ in raw.items)
-    return Details(list(zip(groups, map(orjson.dumps, shown), strict=True)), raw.more)
+def _encoded(raw: Details[T], shown: Callable[[T], Mapping[str, object]]) -> Details[bytes]:
+    return Details([(group, orjson.dumps(shown(item))) for group, item in raw.items], raw.more)

@@ -31,7 +31,7 @@ from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.amounts import Measure
 from proxy.policy.binding import Binding
-from proxy.policy.catalog import Catalog, Model, OnDisconnect
+from proxy.policy.catalog import Catalog, Model
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
@@ -160,11 +160,6 @@ class Call:
         return min(self.wait_s, self.policy.wait_s)
 
     @property
-    def on_disconnect(self) -> OnDisconnect:
-        """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
-        return self.model.upstream.on_disconnect if self.request.stream else "drain"
-
-    @property
     def may_be_stored(self) -> bool:
         """Whether its upstream may store the response under its id."""
         stores = self.model.allows.store and kind_of(self.model.upstream.kind).stores_responses
@@ -280,7 +275,8 @@ class Call:
                 now=now,
                 busy_s=busy_s,
             )
-        error.headers.update(self._limit_headers(statuses, now))
+        headers = _limit_headers(self.request.endpoint, self.policy, self.binding, statuses, now, id=self.client.id)
+        error.headers.update(headers)
         return error
 
     def quota_headers(
@@ -292,14 +288,10 @@ class Call:
         a limit of 4,000 that has used nothing reads 4,000 remaining, not 4,000 minus the hold of the call itself.
         """
         statuses = quota_statuses(self.binding, counters, now, without=entry.open_amounts if is_held else None)
-        headers = self._limit_headers(statuses, now)
+        headers = _limit_headers(self.request.endpoint, self.policy, self.binding, statuses, now, id=self.client.id)
         if self.maximum is not None:
             headers["x-quota-capped"] = f'{self.maximum * self.request.choices}; quota="{entry.capped_by}"'
         return headers
-
-    def _limit_headers(self, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
-        headers = _limit_headers(self.request.endpoint, self.binding, statuses, now, id=self.client.id)
-        return {**headers, **warning_headers(statuses, now)} if self.policy.self_service else headers
 
 
 def closed_refusal(
@@ -318,18 +310,18 @@ def closed_refusal(
     )
     decision = NotAdmitted(Verdict.EXHAUSTED, blocks)
     error = refusal(decision, statuses, policy=policy, endpoint=endpoint.name, now=now, busy_s=0)
-    error.headers.update(_limit_headers(endpoint, binding, statuses, now, id=id))
+    error.headers.update(_limit_headers(endpoint, policy, binding, statuses, now, id=id))
     return Refused(decision, counters, now), error
 
 
 def _limit_headers(
-    endpoint: Endpoint, binding: Binding, statuses: Mapping[str, QuotaStatus], now: int, *, id: str
+    endpoint: Endpoint, policy: Policy, binding: Binding, statuses: Mapping[str, QuotaStatus], now: int, *, id: str
 ) -> dict[str, str]:
-    rate_limits = rate_limit_headers(binding, statuses, now)
-    if not endpoint.is_of_messages:
-        return rate_limits
-    # Anthropic's SDK reads the limits and the request's id under other names.
-    return {**rate_limits, **anthropic_limit_headers(binding, statuses), "request-id": id}
+    headers = rate_limit_headers(binding, statuses, now)
+    if endpoint.is_of_messages:
+        # Anthropic's SDK reads the limits and the request's id under other names.
+        headers |= {**anthropic_limit_headers(binding, statuses), "request-id": id}
+    return headers | warning_headers(statuses, now) if policy.self_service else headers
 
 
 def prepare_call(

@@ -23,7 +23,6 @@ from collections import Counter
 
 from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
-from proxy.policy.catalog import OnDisconnect
 
 DRAIN_S = 30.0
 # How long `stop` waits for the usage after the last text of an answer.
@@ -58,9 +57,7 @@ class Disconnects:
 
     def end_drain(self, user: str) -> None:
         """Count a drain no longer."""
-        self._draining[user] -= 1
-        if not self._draining[user]:
-            del self._draining[user]
+        self._draining -= Counter([user])  # this also removes users without a drain
 
 
 class Watch:
@@ -85,23 +82,25 @@ class Watch:
         if self._is_draining:
             self._disconnects.end_drain(self._call.caller.user)
 
+    @property
+    def _is_to_drain(self) -> bool:
+        """Whether the answer is to be read to its end, as its upstream has it. Whole answers always are."""
+        call = self._call
+        upstream = (self._reservation.target or call.model).upstream
+        return not call.request.stream or upstream.on_disconnect == "drain"
+
     def _on_disconnected(self) -> None:
-        on_disconnect = self._on_disconnect()
         loop = asyncio.get_running_loop()
         if not self._reservation.is_sent:
             self._cancel()
-        elif on_disconnect == "stop" and self._reservation.meter.ending.has_finished:
+        elif not self._is_to_drain and self._reservation.meter.ending.has_finished:
             self._timer = loop.call_later(USAGE_WAIT_S, self._cancel)
-        elif on_disconnect == "drain" and self._disconnects.begin_drain(self._call.caller.user):
+        elif self._is_to_drain and self._disconnects.begin_drain(self._call.caller.user):
             self._is_draining = True
             self._timer = loop.call_later(self._disconnects.drain_s, self._cancel)
         else:
             self._cancel()
 
     def _cancel(self) -> None:
-        self.is_drain_cut = self._on_disconnect() == "drain"
+        self.is_drain_cut = self._is_to_drain
         self._call.client.task.cancel()
-
-    def _on_disconnect(self) -> OnDisconnect:
-        """`drain` or `stop`, as the upstream of the last attempt has it."""
-        return self._call.with_target(self._reservation.target or self._call.model).on_disconnect

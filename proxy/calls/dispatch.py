@@ -86,18 +86,25 @@ Start = Callable[[Call, Reservation], Awaitable[None]]
 
 
 class Candidate:
-    """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
+    """A call in the form in which one of its targets gets it, with its own body and token count.
 
-    __slots__ = ("_body", "call", "count", "upstream")
+    `sent` is the call as it was sent last, and `answer` the answer to that. An attempt without an answer leaves both.
+    `has_slot` says that a slot of its upstream was taken for it. `written` is the body, if it was written in advance.
+    """
 
-    def __init__(self, call: Call, tokenizers: Tokenizers, *, prompt: Prompt, keeps_body: bool) -> None:
+    __slots__ = ("_slots", "answer", "call", "count", "has_slot", "sent", "upstream", "written")
+
+    def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots, *, prompt: Prompt, keeps_body: bool) -> None:
         body = call.body()
-        self.call = call
+        self.call = self.sent = call
+        self.answer: Answer | None = None
         self.upstream = call.model.upstream
         self.count = TokenCount(
             tokenizers, call.request, call.model, prompt=prompt, body_bytes=len(body), previous=call.previous
         )
-        self._body = body if keeps_body else None
+        self.has_slot = False
+        self._slots = slots
+        self.written = body if keeps_body else None
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
@@ -113,11 +120,15 @@ class Candidate:
 
     def body(self, call: Call) -> bytes | Spliced:
         """The body to send for `call`: this candidate's, or the same without the usage option or with a maximum."""
-        return call.body() if self._body is None or call is not self.call else self._body
+        return call.body() if self.written is None or call is not self.call else self.written
 
-    def free_body(self) -> None:
-        """Drop the body that was written in advance."""
-        self._body = None
+    def close(self) -> None:
+        """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
+        if self.answer is not None:
+            self.answer.close()
+        if self.has_slot:
+            self.has_slot = False
+            self._slots.give_back(self.upstream.name, self.call.caller.user)
 
 
 class Candidates:
@@ -126,17 +137,16 @@ class Candidates:
     `wait_s` is how long it may still wait for calls in flight, in seconds.
     """
 
-    __slots__ = ("_candidates", "demand", "first", "targets", "user", "wait_s")
+    __slots__ = ("_candidates", "demand", "first", "targets", "wait_s")
 
-    def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
-        self.user = call.caller.user
+    def __init__(self, call: Call, tokenizers: Tokenizers, slots: Slots) -> None:
         self.wait_s = call.wait_s
         self.targets = call.model.targets
         # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
         # for each target.
         keeps_body, prompt = len(self.targets) == 1, prompt_of(call.request)
         self._candidates = [
-            Candidate(call.with_target(target), tokenizers, prompt=prompt, keeps_body=keeps_body)
+            Candidate(call.with_target(target), tokenizers, slots, prompt=prompt, keeps_body=keeps_body)
             for target in self.targets
         ]
         self.first = self._candidates[0]
@@ -172,28 +182,8 @@ class Candidates:
     def free_body(self) -> None:
         """Drop all bodies. Only the texts of the input stay, in case they have to be counted."""
         for candidate in self._candidates:
-            candidate.free_body()
+            candidate.written = None
         self.first.call.request.body.free()
-
-
-class Attempt:
-    """One attempt of a call: how it was sent, its answer, and the slot of its upstream, which was taken for it."""
-
-    __slots__ = ("_has_slot", "_slots", "answer", "call")
-
-    def __init__(self, call: Call, slots: Slots) -> None:
-        self.call = call
-        self.answer: Answer | None = None
-        self._slots = slots
-        self._has_slot = True
-
-    def close(self) -> None:
-        """Close the connection, or keep it for another call, and give the slot back. More than once is harmless."""
-        if self.answer is not None:
-            self.answer.close()
-        if self._has_slot:
-            self._has_slot = False
-            self._slots.give_back(self.call.model.upstream.name, self.call.caller.user)
 
 
 class Dispatcher:
@@ -232,14 +222,15 @@ class Dispatcher:
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
-        candidates = await self.threads.run(Candidates, call, self._tokenizers, cost=call.request.body.cost)
+        cost = call.request.body.cost
+        candidates = await self.threads.run(Candidates, call, self._tokenizers, self.slots, cost=cost)
         await candidates.set_contexts(self.model_lists)
         return candidates
 
-    async def answer(self, candidates: Candidates, reservation: Reservation, *, start: Start) -> Attempt:
-        """The attempt whose answer is for the client. The caller closes it.
+    async def answer(self, candidates: Candidates, reservation: Reservation, *, start: Start) -> Candidate:
+        """The candidate whose answer is for the client. The caller closes it.
 
-        This is the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
+        It has the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
         upstream answered, or if the call may have run and gave no answer, and UpstreamFull if it got no slot in time.
 
         `start` sends the head of the stream, if the upstream has a `heartbeat` and is silent for so long.
@@ -247,29 +238,29 @@ class Dispatcher:
         routing: RoutingState | None = RoutingState(
             candidates.targets, deadline=self._now() + candidates.first.call.policy.retry_for_ms
         )
-        last_failure: Attempt | None = None
+        last_failure: Candidate | None = None
         while routing is not None:
             target, state = await self._next_target(candidates, routing)
             if target is None:
                 break
             candidate = candidates.for_target(target)
-            attempt = Attempt(candidate.call, self.slots)
+            candidate.has_slot = True
             is_final = False
             try:
-                answer = await self._attempt(attempt, candidate, reservation, start)
+                answer = await self._attempt(candidate, reservation, start)
                 status = answer.status
                 if len(state.remaining) > 1 or status // 100 != 2:
-                    status = await _status_from_body(answer, attempt.call, reservation, start)
+                    status = await _status_from_body(answer, candidate.sent, reservation, start)
                 routing = self._after_answer(answer, status, state, candidate)
                 is_final = routing is None
                 if is_final:
                     candidates.free_body()
-                    return attempt
+                    return candidate
                 # The call did not run. If the client leaves before the next attempt, nothing is charged.
                 reservation.is_sent = False
                 if answer.status // 100 != 2:  # otherwise its whole body has been read
                     await answer.error_body()  # kept by `answer`, whose connection is closed now
-                last_failure = attempt
+                last_failure = candidate
             except UpstreamError as error:
                 routing = self._after_error(error, state, candidate)
                 if routing is None and (error.was_sent or last_failure is None):
@@ -278,22 +269,12 @@ class Dispatcher:
                 reservation.is_sent = False
             finally:
                 if not is_final:
-                    attempt.close()
+                    candidate.close()
         if last_failure is None:
             raise self._full()
         reservation.target = last_failure.call.model
         candidates.free_body()
         return last_failure
-
-    async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
-        """The target of the next attempt, with a slot of its upstream, and the state from then on.
-
-        Waits for the pause before the attempt, and for a slot. There is no target if the call got no slot in time.
-        """
-        if routing.pause_ms:
-            await asyncio.sleep(routing.pause_ms / 1000)
-        target = self._take_free(routing.remaining, candidates)
-        return (target, routing) if target is not None else await self._wait_for_target(candidates, routing)
 
     def _take_free(self, targets: Sequence[Model], candidates: Candidates) -> Model | None:
         """One of these targets, with a slot of its upstream; None if one of their upstreams is full."""
@@ -301,18 +282,24 @@ class Dispatcher:
             if self.slots.is_full(target.upstream.name):
                 return None
         target = self.cooldowns.choose(targets, self._now(), draw=self._draw())
-        self.slots.take(target.upstream.name, candidates.user)
+        self.slots.take(target.upstream.name, candidates.first.call.caller.user)
         return target
 
-    async def _wait_for_target(
-        self, candidates: Candidates, routing: RoutingState
-    ) -> tuple[Model | None, RoutingState]:
-        """Choose a target although an upstream is full. The deadline of the state is later by the wait for a slot.
+    async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
+        """The target of the next attempt, with a slot of its upstream, and the state from then on.
 
-        A full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that
-        are only full. When it can't wait any longer, an upstream in cooldown is better than none.
+        Waits for the pause before the attempt, and for a slot; the deadline of the state is later by that wait. A
+        full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that are
+        only full. When it can't wait any longer, an upstream in cooldown is better than none. There is no target if
+        the call got no slot in time.
         """
-        targets, began = routing.remaining, self._now()
+        if routing.pause_ms:
+            await asyncio.sleep(routing.pause_ms / 1000)
+        targets = routing.remaining
+        target = self._take_free(targets, candidates)
+        if target is not None:
+            return target, routing
+        began = self._now()
         free, available = self._free(targets), self.cooldowns.available(targets, began)
         ready = self._free(available)
         if not ready and (available or not free):
@@ -336,20 +323,16 @@ class Dispatcher:
         began_s = time()
         # The head of the stream may have been sent during an earlier attempt.
         with call.client.heartbeat(lambda: True) if call.client.has_begun else nullcontext():
-            name = await self.slots.wait(
-                [target.upstream.name for target in targets], candidates.user, wait_s=candidates.wait_s
-            )
+            names = [target.upstream.name for target in targets]
+            name = await self.slots.wait(names, call.caller.user, wait_s=candidates.wait_s)
         candidates.wait_s -= time() - began_s
         return name
 
-    async def _attempt(
-        self, attempt: Attempt, candidate: Candidate, reservation: Reservation, start: Start
-    ) -> Answer:
+    async def _attempt(self, candidate: Candidate, reservation: Reservation, start: Start) -> Answer:
         """Send the call to one target, and once more if the target rejects something that we wrote into it.
 
-        The attempt has the call as it was sent last, and the answer to that, which is returned. The second time
-        counts as the same attempt: the client did not write what was rejected, so this is no failure of the client's
-        request. See `_amended`.
+        Returns the answer to the call as it was sent last. The second time counts as the same attempt: the client did
+        not write what was rejected, so this is no failure of the client's request. See `_amended`.
         """
         await candidate.count.count_large_input()
         # Before the attempt begins, so that a client that leaves while it waits is charged nothing.
@@ -361,7 +344,8 @@ class Dispatcher:
         if reservation.entry.capped_by:
             call = call.capped(reservation.entry, context=await self._context(candidate))
         if call.request.stream:
-            candidate.count.begin_to_load()  # its pieces may have to be counted; while the upstream reads the prompt
+            # Its pieces may have to be counted. The upstream reads the prompt meanwhile.
+            self._tokenizers.begin_to_load(candidate.count.encoding.name)
         reservation.begin_attempt(call.model, meter, count=candidate.count)
         line = call.client.line
         line.mark_sent()
@@ -374,7 +358,7 @@ class Dispatcher:
             sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
             del body  # a long answer must not keep it in memory
             answer = await with_heartbeat(sending, call, reservation, start)
-            attempt.call, attempt.answer = call, answer
+            candidate.sent, candidate.answer = call, answer
             amended = None
             if answer.status // 100 == 4:
                 amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
@@ -434,22 +418,19 @@ class Dispatcher:
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
         """Note a failure without an answer. Returns where the call may go now; None if it ends."""
         self.cooldowns.failed(candidate.upstream, self._now())
-        if isinstance(error, UpstreamTimeout) and error.may_be_moved and candidate.call.may_run_twice:
+        if error.may_be_moved and candidate.call.may_run_twice:
             elsewhere = self._next_attempt(routing, candidate, pause_ms=None)
             if elsewhere is not None:
                 self._note_failed(candidate, "abandoned", error.reason)
                 return elsewhere
+        outcome: AttemptOutcome = "failed" if isinstance(error, UpstreamUnreadable) else "unreachable"
         if error.was_sent:
-            self._note_failed(
-                candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
-            )
+            outcome = "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off"
+        self._note_failed(candidate, outcome, error.reason)
+        if error.was_sent:
             return None
-        if isinstance(error, UpstreamUnreadable):
-            self._note_failed(candidate, "failed", error.reason)
-            return self._next_attempt(routing, candidate, pause_ms=None)
-        self._note_failed(candidate, "unreachable", error.reason)
         # A key was already waited for.
-        pause_ms = None if isinstance(error, UpstreamWithoutKey) else UNREACHED_PAUSE_MS
+        pause_ms = None if isinstance(error, UpstreamUnreadable | UpstreamWithoutKey) else UNREACHED_PAUSE_MS
         return self._next_attempt(routing, candidate, pause_ms=pause_ms)
 
     def _after_answer(

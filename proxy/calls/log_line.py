@@ -80,10 +80,6 @@ class LogLine:
         """Whether it is known whose request this is."""
         return self.caller is not None or self.admin is not None
 
-    def mark_asked(self) -> None:
-        """Note that the ledger is asked for a reservation."""
-        self.asked_s = self.clock()
-
     def mark_admitted(self, entry: Entry) -> None:
         """Note that the quotas admitted the call, which has this entry in the ledger."""
         self.entry, self.admitted_s = entry, self.clock()

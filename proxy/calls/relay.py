@@ -11,6 +11,7 @@ in the next moment.
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
@@ -40,7 +41,6 @@ from proxy.policy.admission import Verdict
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Failed, Rejected, failure_of
-from proxy.upstreams.models import ModelLists
 
 # One complete answer of so many is counted although its usage is stated, to compare the two counts.
 _COMPARED = 16
@@ -58,7 +58,7 @@ log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Takes calls to an upstream and back. `threads` are those of the dispatcher, which read large bodies.
+    """Takes calls to an upstream and back. `threads` and `model_lists` are those of the dispatcher.
 
     `activity` is told what the calls do, for whoever watches, and `metrics` are those of the dispatcher.
     `now` gives milliseconds since 1970. Only durations are taken from it: what a client is told goes by the ledger's
@@ -76,6 +76,7 @@ class Relay:
         now: Callable[[], int],
     ) -> None:
         self.threads = dispatcher.threads
+        self.model_lists = dispatcher.model_lists
         self._queue = queue
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
@@ -87,11 +88,6 @@ class Relay:
         self._durations = dispatcher.durations
         self._recorded_names = RecordedNames()
         self._answered = count()
-
-    @property
-    def model_lists(self) -> ModelLists:
-        """The models that the upstreams list."""
-        return self._dispatcher.model_lists
 
     async def carry(self, call: Call, renew: Renew) -> None:
         """Take one call to an upstream, and its answer to the client.
@@ -111,12 +107,12 @@ class Relay:
         watch = self._disconnects.watch(call, reservation)
         try:
             try:
-                attempt = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
-                assert attempt.answer is not None, "an attempt that was returned has an answer"
+                chosen = await self._dispatcher.answer(candidates, reservation, start=self._start_stream)
+                assert chosen.answer is not None, "a candidate that was returned has an answer"
                 try:
-                    await self._forward(attempt.answer, attempt.call, reservation)
+                    await self._forward(chosen.answer, chosen.sent, reservation)
                 finally:
-                    attempt.close()
+                    chosen.close()
             except ProxyError as error:  # the client may leave while it is told
                 await self._end_failed(error, call, reservation)
         except asyncio.CancelledError:  # by `watch`, or because the server stops
@@ -233,7 +229,7 @@ class Relay:
                 call, candidates = latest, await self._dispatcher.candidates(latest)
                 return operation()
 
-            client.line.mark_asked()
+            client.line.asked_s = client.line.clock()
             time = asyncio.get_running_loop().time
             began_s = time()
             reply = await self._queue.reserve(
@@ -249,8 +245,6 @@ class Relay:
                 raise  # the server stops
             client.task.uncancel()
             raise ClientLeft from None
-        finally:
-            client.on_disconnected(None)
 
     async def _end_failed(self, error: ProxyError, call: Call, reservation: Reservation) -> None:
         """End a call whose upstream failed. Raises the error, or sends it as an event if the answer has begun."""
@@ -306,7 +300,7 @@ class Relay:
         client = call.client
         stream = Stream(reservation.meter, mask=answer.mask)
         await self._start_stream(call, reservation, answer)
-        await reservation.ready_to_count()
+        await reservation.count.ready()  # only the first stream of a process has to wait
 
         def forward(chunk: bytes) -> bool:
             """Send what may pass of it. Returns whether more may be taken at once."""
@@ -335,7 +329,10 @@ class Relay:
         await reservation.end(_outcome(call, reservation.meter))
         await client.write(stream.end())
         await client.end()
-        await _read_to_end(answer)
+        # The rest of the body after the last event, usually nothing, so that the connection can be used again.
+        with suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_READ_TO_END_S):
+                await answer.pass_on(lambda _: True)
 
     async def _end_at_limit(self, stream: Stream, call: Call, reservation: Reservation) -> None:
         """End the answer because no more can be held.
@@ -422,12 +419,3 @@ def _outcome(call: Call, meter: Meter) -> Outcome:
     if call.client.is_disconnected:
         return "client_left"
     return "upstream_broke" if meter.has_error else "complete"
-
-
-async def _read_to_end(answer: Answer) -> None:
-    """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
-    try:
-        async with asyncio.timeout(_READ_TO_END_S):
-            await answer.pass_on(lambda _: True)
-    except (UpstreamError, TimeoutError):
-        pass  # the connection is closed instead

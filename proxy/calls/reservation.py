@@ -52,21 +52,21 @@ HOLD_STEP = 1024
 _MISCOUNT_FACTOR = 2
 _MISCOUNT_TOKENS = 64
 
-
 log = structlog.get_logger("reservation")
 
 
 class Reservation:
     """What is reserved for one call. `entry` is its state in the ledger, as of the ledger's last answer.
 
-    `counters` are the quota counters of the call, also as last reported. `meter` is that of the last attempt, and
-    `covered` is how many tokens of output may have passed to the client: before the first attempt there are none.
+    `counters` are the quota counters of the call, also as last reported. `meter` and `count` are those of the last
+    attempt, and `covered` is how many tokens of output may have passed to the client: before the first attempt there
+    are none.
     `outcome` and `charged` are set by its end.
     """
 
     meter: Meter
     covered: int
-    _count: TokenCount
+    count: TokenCount
 
     def __init__(self, ledger: Ledger, accepted: Accepted, *, binding: Binding) -> None:
         self.entry = accepted.entry
@@ -85,13 +85,9 @@ class Reservation:
 
     def begin_attempt(self, target: Model, meter: Meter, *, count: TokenCount) -> None:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
-        self.target, self.meter, self._count = target, meter, count
+        self.target, self.meter, self.count = target, meter, count
         self.is_sent = True
         self._note_hold()
-
-    async def ready_to_count(self) -> None:
-        """Wait until the pieces of the answer can be counted. Only the first stream of a process has to wait."""
-        await self._count.ready()
 
     async def grow(
         self, queue: AdmissionQueue, *, wait_s: float, is_disconnected: Callable[[], bool] = lambda: False
@@ -112,7 +108,7 @@ class Reservation:
                 return True
             # The input may still be held by its bytes, which is about four times too much for prose. Counting it
             # gives the difference to the answer before the stream is made to wait or is ended.
-            held_input = min(self._held_input(), await self._count.input_upper_bound())
+            held_input = min(self._held_input(), await self.count.input_upper_bound())
             # Beyond the maximum it does not wait: the upstream is expected to end by itself, held or not.
             wait_s = 0 if is_beyond_maximum else wait_s
             if await self._extend(queue, held_input, wait_s=wait_s, is_disconnected=is_disconnected):
@@ -199,17 +195,17 @@ class Reservation:
         usage = self.meter.usage()
         is_output_stated = not isinstance(usage, Unspent) and usage.tokens.output < TOKENS_MAX
         if not is_output_stated and not self.meter.has_error:
-            if self._count.unstated_price is not None:
-                return AtLeast(Tokens(0, self._count.unstated_price))
-            if self._count.should_state_tokens:
-                usage = AtLeast(replace(usage.tokens, output=self._count.demand.output_maximum))
+            if self.count.unstated_price is not None:
+                return AtLeast(Tokens(0, self.count.unstated_price))
+            if self.count.should_state_tokens:
+                usage = AtLeast(replace(usage.tokens, output=self.count.demand.output_maximum))
         if not isinstance(usage, AtLeast):
             return usage
         tokens = usage.tokens
         if self.meter.input_stated is None:
-            tokens = replace(tokens, input=await self._count.input_tokens())
+            tokens = replace(tokens, input=await self.count.input_tokens())
         if texts := self.meter.uncounted_texts:
-            tokens = replace(tokens, output=self.meter.output_with(await self._count.output_tokens(texts)))
+            tokens = replace(tokens, output=self.meter.output_with(await self.count.output_tokens(texts)))
         return AtLeast(tokens)
 
     @property
@@ -242,7 +238,7 @@ class Reservation:
             case "upstream_failed":
                 return None
             case "rejected":
-                return Unspent(requests=0 if self._count.demand.uses is Uses.NOTHING else 1)
+                return Unspent(requests=0 if self.count.demand.uses is Uses.NOTHING else 1)
             case "at_limit":
                 # A usage that the upstream has reported may include an event that was withheld. As AtLeast it is
                 # charged only up to the hold. Example: 1,100 tokens are held and passed, and the withheld event says

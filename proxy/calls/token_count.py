@@ -67,21 +67,17 @@ class TokenCount:
         self._text_tokens: int | None = None
 
     @cached_property
-    def _encoding(self) -> Encoding:
+    def encoding(self) -> Encoding:
         """The encoding of the model. Most calls are never counted, and don't ask for it."""
         return self._tokenizers.encoding_of(self._model)
 
     def count_output(self, text: str) -> int:
         """The tokens of a piece of an answer, counted while it passes."""
-        return self._tokenizers.count(text, self._encoding.name)
-
-    def begin_to_load(self) -> None:
-        """Begin to read the table by which the pieces of an answer are counted."""
-        self._tokenizers.begin_to_load(self._encoding.name)
+        return self._tokenizers.count(text, self.encoding.name)
 
     async def ready(self) -> None:
-        """Wait until that table is read."""
-        await self._tokenizers.ready(self._encoding.name)
+        """Wait until the table is read by which the pieces of an answer are counted."""
+        await self._tokenizers.ready(self.encoding.name)
 
     @property
     def has_hidden_input(self) -> bool:
@@ -105,7 +101,7 @@ class TokenCount:
 
     async def exact_demand(self) -> Demand:
         """The demand with the input counted. If that fails, the bound in bytes stays and counts as exact."""
-        text_tokens, is_guess = await self._count(), self._encoding.is_guess
+        text_tokens, is_guess = await self._count(), self.encoding.is_guess
         return counted(self.demand, self._model, self._prompt, text_tokens=text_tokens, is_guess=is_guess)
 
     async def input_upper_bound(self) -> int:
@@ -126,7 +122,7 @@ class TokenCount:
 
     async def output_tokens(self, texts: Sequence[str]) -> int:
         """An estimate of the tokens of these texts of an answer."""
-        tokens = await self._tokenizers.count_all(texts, self._encoding.name) if texts else 0
+        tokens = await self._tokenizers.count_all(texts, self.encoding.name) if texts else 0
         if tokens is not None:
             return tokens
         return -(-sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // BYTES_PER_TOKEN)
@@ -135,9 +131,9 @@ class TokenCount:
         if not self._is_counted:
             self._is_counted = True
             texts, self._prompt = self._prompt.texts, replace(self._prompt, texts=())
-            self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
+            self._text_tokens = await self._tokenizers.count_all(texts, self.encoding.name)
             if self._prompt.repeats and self._text_tokens is not None:
-                again = await self._tokenizers.count_all(self._prompt.repeated, self._encoding.name)
+                again = await self._tokenizers.count_all(self._prompt.repeated, self.encoding.name)
                 repeated = None if again is None else self._prompt.repeats * again
                 self._text_tokens = None if repeated is None else self._text_tokens + repeated
         return self._text_tokens

@@ -138,17 +138,15 @@ def new_database_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """A new empty file in the folder of `path`, which is deleted with all that SQLite makes beside it."""
+    name = None
     try:
         descriptor, name = mkstemp(".new", f".{path.name}.", path.parent)  # only its owner can read it
-    except OSError as error:
-        raise FileRefused(f"{path} can't be written ({error.strerror}): check its folder and its disk") from error
-    os.close(descriptor)
-    try:
+        os.close(descriptor)
         yield Path(name)
     except OSError as error:
         raise FileRefused(f"{path} can't be written ({error.strerror}): check its folder and its disk") from error
     finally:
-        for suffix in SUFFIXES:
+        for suffix in SUFFIXES if name else ():
             Path(f"{name}{suffix}").unlink(missing_ok=True)
 
 

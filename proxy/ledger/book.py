@@ -16,7 +16,7 @@ This module is pure: no I/O and no clock.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State, is_recordable
 from proxy.policy.admission import (
@@ -283,18 +283,8 @@ class Book:
             held_amounts = self._free_not_increased(held_amounts, increase)
             freed.update(quota.key_for(binding.user) for quota in increase.not_increased)
         self._raise_output(held_amounts, increase)
-        extended = Entry(
-            entry.id,
-            entry.owner,
-            entry.labels,
-            entry.admitted_via,
-            entry.reserved_at,
-            entry.hold + Amount(-lowered, increase.output),
-            entry.maximum,
-            tuple(held_amounts),
-            entry.capped_by,
-            entry.would_refuse,
-        )
+        hold = entry.hold + Amount(-lowered, increase.output)
+        extended = replace(entry, hold=hold, held_amounts=tuple(held_amounts))
         self.entries[extended.id] = self.entries_changed[extended.id] = extended
         return Accepted(extended, self._counters_of(_keys(extended)), increase.verdict, frozenset(freed), self._now)
 

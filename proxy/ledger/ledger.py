@@ -27,8 +27,8 @@ After a failover with asynchronous replication the database may have lost what w
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from operator import attrgetter
 
 import structlog
@@ -49,7 +49,7 @@ from proxy.ledger.book import (
 )
 from proxy.ledger.entry import Entry, Outcome
 from proxy.ledger.store import Connection, Store, StoreUnavailable
-from proxy.metrics import LedgerFailure, Metrics
+from proxy.metrics import Metrics
 from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
@@ -95,7 +95,8 @@ class Ledger:
     """The ledger of the process `owner`. `now` returns milliseconds since 1970.
 
     `lease_ms` is how long the process counts as alive after each renewal, `retry_s` how long the loop pauses after
-    the database failed, and `wait_s` returns how long a new call waits for the database.
+    the database failed, and `wait_s` returns how long a new call waits for the database. `metrics` count batches,
+    failures and expired calls, and state the offset of the ledger's clock; a server sets its own.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Ledger:
         self._uncommitted_ends = 0
         self._on_freed: Callable[[set[CounterKey]], object] = lambda keys: None
         self._on_replies: Callable[[Sequence[Reply]], object] = lambda replies: None
-        self._metrics: Metrics | None = None
+        self.metrics = Metrics()
         self._clock_offset_ms = 0
         self._logged_offset_ms = 0
         self._committed_at = 0.0  # by the event loop's clock
@@ -144,10 +145,6 @@ class Ledger:
         in their order.
         """
         self._on_replies = callback
-
-    def measure_in(self, metrics: Metrics) -> None:
-        """Count batches, failures and expired calls in these metrics, and state the offset of the ledger's clock."""
-        self._metrics = metrics
 
     def now(self) -> int:
         """The time by the clock that decides in which window a call is. Whatever a client is told goes by it.
@@ -229,8 +226,7 @@ class Ledger:
             await asyncio.gather(*(self._enqueue(Expire(call_id), _END).answer for call_id in ids))
             found += len(ids)
         if found:
-            if self._metrics is not None:
-                self._metrics.expired.inc(found)
+            self.metrics.expired.inc(found)
             log.warning("calls of a dead process were charged from their reservations", calls=found)
         return found
 
@@ -243,7 +239,7 @@ class Ledger:
             await self.expire_orphans()
             await self._expire_ended()
         except (StoreUnavailable, LedgerUnavailable) as error:
-            self._count_failure("sweep")
+            self.metrics.ledger_failed("sweep")
             log.warning("calls of dead processes could not be looked for", reason=str(error))
 
     async def _expire_ended(self) -> None:
@@ -265,7 +261,7 @@ class Ledger:
             await self._renew()
         except StoreUnavailable as error:
             self.is_healthy = False
-            self._count_failure("lease")
+            self.metrics.ledger_failed("lease")
             log.warning("the lease could not be renewed", reason=str(error))
         else:
             # A process that is not ready gets no calls, so no batch of calls would show that the database is back.
@@ -273,33 +269,25 @@ class Ledger:
 
     async def counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """The committed counters with these keys, for display. Raises LedgerUnavailable."""
-        try:
+        with _translated_errors():
             return await self._store.read_counters(keys)
-        except StoreUnavailable as error:
-            raise LedgerUnavailable from error
 
     async def entry(self, call_id: str) -> Entry | None:
         """The entry of one call. Raises LedgerUnavailable."""
-        try:
+        with _translated_errors():
             return await self._store.read_entry(call_id)
-        except StoreUnavailable as error:
-            raise LedgerUnavailable from error
 
     async def response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response. Raises LedgerUnavailable."""
-        try:
+        with _translated_errors():
             return await self._store.find_response_entry(response_id)
-        except StoreUnavailable as error:
-            raise LedgerUnavailable from error
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Connection]:
         """A transaction for reports, which only reads. Raises LedgerUnavailable."""
-        try:
+        with _translated_errors():
             async with self._store.transaction() as connection:
                 yield connection
-        except StoreUnavailable as error:
-            raise LedgerUnavailable from error
 
     async def close(self, within_s: float | None = None) -> int:
         """Commit what is queued, unless the database is unavailable, and close the store.
@@ -382,9 +370,8 @@ class Ledger:
             self._committed_at = asyncio.get_running_loop().time()
             self.commit_ms = round(1000 * (self._committed_at - began_s), 1)
             self.is_healthy = True
-            if self._metrics is not None:
-                self._metrics.ledger_batch.observe(len(batch))
-                self._metrics.ledger_commit_s.observe(self._committed_at - began_s)
+            self.metrics.ledger_batch.observe(len(batch))
+            self.metrics.ledger_commit_s.observe(self._committed_at - began_s)
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
                 if isinstance(answer, Accepted):
@@ -401,7 +388,7 @@ class Ledger:
                 await self._process([queued])
             return
         for queued in batch:
-            self._count_failure("operation")
+            self.metrics.ledger_failed("operation")
             log.error(
                 "an act could not be booked",
                 act=type(queued.operation).__name__,
@@ -422,7 +409,7 @@ class Ledger:
         end of its call frees what it holds.
         """
         self.is_healthy = False
-        self._count_failure("batch")
+        self.metrics.ledger_failed("batch")
         log.warning("the ledger's database can't be used", reason=str(error), operations=len(batch))
         if error.is_uncertain:
             for queued in batch:
@@ -471,12 +458,8 @@ class Ledger:
         """
         if asyncio.get_running_loop().time() - self._committed_at >= self._wait_s() / 2:
             self.is_healthy = False
-        self._count_failure("wait")
+        self.metrics.ledger_failed("wait")
         self._fail(queued)
-
-    def _count_failure(self, kind: LedgerFailure) -> None:
-        if self._metrics is not None:
-            self._metrics.ledger_failed(kind)
 
     @staticmethod
     def _fail(queued: _Queued) -> None:
@@ -519,8 +502,7 @@ class Ledger:
         if offset_ms == self._clock_offset_ms:
             return
         self._clock_offset_ms = offset_ms
-        if self._metrics is not None:
-            self._metrics.ledger_clock_differs(offset_ms)
+        self.metrics.ledger_clock_differs(offset_ms)
         self._log_offset()
 
     def _log_offset(self) -> None:
@@ -537,3 +519,12 @@ class Ledger:
                 "database's; check the time synchronization (NTP) of both",
                 database_ahead_s=offset_ms / 1000,
             )
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Within the block, a database that can't be read is a LedgerUnavailable."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        raise LedgerUnavailable from error

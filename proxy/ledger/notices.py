@@ -155,7 +155,8 @@ class Notices:
     ) -> None:
         """Write rows in one transaction. If the database rejects a value in them, only that row is dropped."""
         try:
-            await self._execute(statement, rows)
+            async with self._store.transaction(writes=True) as connection:
+                await connection.execute(statement(connection), rows)
         except StoreRefused as error:
             if len(rows) > 1:
                 for row in rows:
@@ -163,12 +164,6 @@ class Notices:
             else:
                 self.dropped += 1
                 log.error("the database rejects a refusal or a crossing", reason=str(error))
-
-    async def _execute(
-        self, statement: Callable[[AsyncConnection], sa.Insert], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
-        async with self._store.transaction(writes=True) as connection:
-            await connection.execute(statement(connection), rows)
 
 
 def _insert_refusals(connection: AsyncConnection) -> sa.Insert:

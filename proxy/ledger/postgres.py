@@ -34,10 +34,7 @@ import asyncpg
 import orjson
 import sqlalchemy as sa
 import structlog
-from asyncpg.exceptions import (
-    DataError,
-    IntegrityConstraintViolationError,
-)
+from asyncpg.exceptions import DataError, IntegrityConstraintViolationError
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -45,7 +42,7 @@ from sqlalchemy.pool import NullPool
 from proxy.ledger.book import Book, Operation, Reply
 from proxy.ledger.entry import Entry, call_id_prefix
 from proxy.ledger.primary import FAILURES, WAL_FILE, Primary, Server, Timeouts, reason_of, state_of
-from proxy.ledger.rows import Row, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.rows import Row, as_json, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import (
     ADDED_TO_DAYS,
     DAY_COLUMNS,
@@ -60,11 +57,7 @@ from proxy.ledger.schema import (
     metadata,
     migrate,
 )
-from proxy.ledger.store import (
-    JobResult,
-    StoreInUse,
-    StoreRefused,
-)
+from proxy.ledger.store import JobResult, StoreInUse, StoreRefused
 from proxy.policy.quota import Counter, CounterKey
 
 log = structlog.get_logger("ledger")
@@ -133,23 +126,19 @@ _NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _COUNTER, _CALL = (", ".join(column.name for column in table.c) for table in (counters, calls))
 _GIVEN_KEYS = "unnest($1::text[], $2::text[]) AS given(subject, quota_id)"
 
-# A row of the first is a counter or a call, and has the columns of both.
-_BEGIN_BATCH = f"SELECT * FROM {SCHEMA}.begin_batch_v1($1::jsonb, $2::jsonb)"
-_CALL_AT = 1 + len(counters.c)
-_END_BATCH = f"SELECT {SCHEMA}.end_batch_v1($1::jsonb, $2::jsonb, $3::jsonb)"
-# Behind a pooler the server may be replaced while our connection stays, so the renewal asks for the timeline too.
-_RENEW_LEASE = f"""
-    WITH forgotten AS (DELETE FROM {SCHEMA}.owners WHERE alive_until < {_NOW} - $3::bigint)
-    INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
-    ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
-    RETURNING alive_until - $2::bigint, {WAL_FILE}
-"""
-# By the fields of `_Writer`.
+# By the fields of `_Writer`. A row of `begin_batch` is a counter or a call, and has the columns of both. Behind a
+# pooler the server may be replaced while our connection stays, so the renewal asks for the timeline too.
 WRITER_STATEMENTS = {
-    "begin_batch": _BEGIN_BATCH,
-    "end_batch": _END_BATCH,
-    "renew_lease": _RENEW_LEASE,
+    "begin_batch": f"SELECT * FROM {SCHEMA}.begin_batch_v1($1::jsonb, $2::jsonb)",
+    "end_batch": f"SELECT {SCHEMA}.end_batch_v1($1::jsonb, $2::jsonb, $3::jsonb)",
+    "renew_lease": f"""
+        WITH forgotten AS (DELETE FROM {SCHEMA}.owners WHERE alive_until < {_NOW} - $3::bigint)
+        INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
+        ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
+        RETURNING alive_until - $2::bigint, {WAL_FILE}
+    """,
 }
+_CALL_AT = 1 + len(counters.c)
 
 READ_OPEN_CALLS = f"SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner = $1"
 # OFFSET 0 keeps the planner from merging the lookups into one join, which could scan the whole table.
@@ -294,7 +283,9 @@ class PostgresStore:
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
         """Let the lease of the process `owner` end `lease_ms` from now, by the database's clock. Returns its time."""
-        now, wal_file = await self._transaction(lambda writer: writer.renew(owner, lease_ms))
+        now, wal_file = await self._transaction(
+            lambda writer: writer.renew_lease.fetchrow(owner, lease_ms, _FORGET_OWNER_MS)
+        )
         self._primary.note_timeline(wal_file)
         return now
 
@@ -376,7 +367,8 @@ class PostgresStore:
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """The committed counters with these keys."""
-        return counters_of(await self._read(READ_COUNTERS, *_columns(keys, 2)))
+        subjects, quota_ids = [key[0] for key in keys], [key[1] for key in keys]
+        return counters_of(await self._read(READ_COUNTERS, subjects, quota_ids))
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """The entry of one call."""
@@ -413,9 +405,7 @@ class PostgresStore:
                     await connection.execute(self._set_timeouts)
                 yield connection
         except FAILURES as error:
-            if state_of(error).startswith(_REFUSED_STATES):
-                raise StoreRefused(reason_of(error)) from error
-            raise self._primary.unavailable(error) from error
+            raise self._translated(error) from error
 
     # Copying the database as a whole
 
@@ -457,11 +447,15 @@ class PostgresStore:
                     await connection.execute(sa.text(f"SET LOCAL {name} = '{limit}'"))
                 yield connection
         except FAILURES as error:
-            if state_of(error).startswith(_REFUSED_STATES):
-                raise StoreRefused(reason_of(error)) from error
-            raise self._primary.unavailable(error) from error
+            raise self._translated(error) from error
         finally:
             await engine.dispose()
+
+    def _translated(self, error: BaseException) -> Exception:
+        """The error of a transaction of SQLAlchemy."""
+        if state_of(error).startswith(_REFUSED_STATES):
+            return StoreRefused(reason_of(error))
+        return self._primary.unavailable(error)
 
     async def _run_job(self, statement: str, *parameters: object) -> JobResult:
         """Run one step of a maintenance job on a reading connection, with the timeouts and settings of a batch."""
@@ -519,18 +513,13 @@ class _Writer:
     async def on(cls, connection: Any, server: Server | None) -> "_Writer":
         statements = WRITER_STATEMENTS
         if server is None:  # it does not let us ask
-            statements = {**statements, "renew_lease": _RENEW_LEASE.replace(WAL_FILE, "NULL")}
+            statements = {name: text.replace(WAL_FILE, "NULL") for name, text in statements.items()}
         try:
             prepared = {name: await connection.prepare(text) for name, text in statements.items()}
             return cls(connection, server, **prepared)
         except BaseException:
             connection.terminate()
             raise
-
-    async def renew(self, owner: str, lease_ms: int) -> tuple[int, str | None]:
-        """The database's time, and the name of a file of its write-ahead log if it says that."""
-        now, wal_file = await self.renew_lease.fetchrow(owner, lease_ms, _FORGET_OWNER_MS)
-        return now, wal_file
 
 
 async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:
@@ -539,7 +528,7 @@ async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply
     replies = [book.apply(operation) for operation in operations]
     changes = changes_of(book, known)
     if changes.counters or changes.opened or changes.changed:
-        await writer.end_batch.fetch(*map(_as_json, (changes.counters, changes.opened, changes.changed)))
+        await writer.end_batch.fetch(*map(as_json, (changes.counters, changes.opened, changes.changed)))
     return replies
 
 
@@ -550,19 +539,11 @@ async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
     between. That does not matter, because an extend adds no counter: it raises what is held of the same ones.
     """
     ids = [operation.id for operation in operations]
-    rows = await writer.begin_batch.fetch(_as_json(list(keys_of(operations))), _as_json(ids))
+    rows = await writer.begin_batch.fetch(as_json(list(keys_of(operations))), as_json(ids))
     now = max(row[0] for row in rows if row[0] is not None)
     found = counters_of(row[1:_CALL_AT] for row in rows if row[1] is not None)
     entries = {row[_CALL_AT]: entry_of(row[_CALL_AT:]) for row in rows if row[_CALL_AT] is not None}
     return Book({**found}, entries, now)
-
-
-def _as_json(rows: Sequence[object]) -> str:
-    return orjson.dumps(rows).decode()
-
-
-def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
-    return [[row[index] for row in rows] for index in range(width)]
 
 
 def _migrate(connection: Connection, name: str) -> bool:

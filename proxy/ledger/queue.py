@@ -135,20 +135,16 @@ class AdmissionQueue:
         self._extending.add(waiter)
         try:
             while True:
-                reply = await self._extend(operation, ask_s)
+                async with asyncio.timeout(ask_s):
+                    reply = await self.ledger.extend(operation)
                 left = until - asyncio.get_running_loop().time()
                 if reply.verdict is not Verdict.BUSY or left <= 0 or is_disconnected():
                     return reply
                 await _wait_for(waiter.wake, min(left, _ASK_EVERY_S))
-        finally:
-            self._extending.discard(waiter)
-
-    async def _extend(self, operation: Extend, ask_s: float) -> Accepted:
-        try:
-            async with asyncio.timeout(ask_s):
-                return await self.ledger.extend(operation)
         except TimeoutError:
             raise LedgerUnavailable from None
+        finally:
+            self._extending.discard(waiter)
 
     async def _wait(self, admission: _Admission, until: float) -> Accepted | Refused:
         waiter, queue_key = _Waiter(admission.keys), admission.queue_key

@@ -130,7 +130,7 @@ def _opened_row(entry: Entry) -> Row:
     return (
         *(entry.id, entry.owner, entry.state, labels.user, labels.model, labels.endpoint, labels.upstream),
         *(entry.admitted_via, entry.reserved_at, entry.ended_at, hold.input, hold.output, entry.maximum),
-        *(_as_json(entry.held_amounts), entry.capped_by, _as_json(entry.would_refuse)),
+        *(as_json(entry.held_amounts), entry.capped_by, as_json(entry.would_refuse)),
         *(*_usage_columns(entry.usage), entry.outcome),
         None,  # `counted_as`: the roll-up has not counted it yet
         *(entry.response_id, labels.key_id or None, labels.tag or None, labels.address or None),
@@ -140,12 +140,13 @@ def _opened_row(entry: Entry) -> Row:
 def _changed_row(entry: Entry) -> Row:
     labels, hold = entry.labels, entry.hold
     return (
-        *(entry.state, labels.upstream, entry.ended_at, hold.input, hold.output, _as_json(entry.held_amounts)),
+        *(entry.state, labels.upstream, entry.ended_at, hold.input, hold.output, as_json(entry.held_amounts)),
         *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, labels.address or None, entry.id),
     )
 
 
-def _as_json(values: tuple[object, ...]) -> str:
+def as_json(values: Sequence[object]) -> str:
+    """These values as one JSON array."""
     return orjson.dumps(values, default=tuple).decode()
 
 

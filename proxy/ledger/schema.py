@@ -63,6 +63,8 @@ import sqlalchemy as sa
 from sqlalchemy import BigInteger, Boolean, Column, Connection, Index, Integer, MetaData, Table, Text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.schema import SchemaItem
+from sqlalchemy.types import TypeEngine
 
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import QUANTITIES
@@ -107,13 +109,27 @@ UPSERT_DAYS = f"""
     {", ".join(f"{each} = usage_by_day.{each} + excluded.{each}" for each in DAY_SUMS)}
 """
 
-counters = Table(
+
+def _required(type_: type[TypeEngine[Any]], names: str) -> list[Column[Any]]:
+    """Columns of one type, by their names. Each row has a value in them."""
+    return [Column(name, type_, nullable=False) for name in names.split()]
+
+
+def _optional(type_: type[TypeEngine[Any]], names: str) -> list[Column[Any]]:
+    """The same, where a value may be NULL."""
+    return [Column(name, type_) for name in names.split()]
+
+
+def _table(name: str, *items: SchemaItem) -> Table:
+    """A table that SQLite keeps in the order of its primary key."""
+    return Table(name, metadata, *items, sqlite_with_rowid=False)
+
+
+counters = _table(
     "counters",
-    metadata,
     Column("subject", Text, primary_key=True),
     Column("quota_id", Text, primary_key=True),
-    Column("opened_at", BigInteger, nullable=False),
-    Column("resets_at", BigInteger, nullable=False),
+    *_required(BigInteger, "opened_at resets_at"),
     # A later quantity needs server_default="0" here and in its migration, because the release before inserts counters
     # without its columns.
     *(
@@ -123,40 +139,21 @@ counters = Table(
     ),
     Column("reset_at", BigInteger, nullable=False, server_default="0"),
     Index("counters_by_quota", "quota_id", "subject"),
-    sqlite_with_rowid=False,
 )
 
-calls = Table(
+calls = _table(
     "calls",
-    metadata,
     Column("id", Text, primary_key=True),
-    Column("owner", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("user_name", Text, nullable=False),
-    Column("model", Text, nullable=False),
-    Column("endpoint", Text, nullable=False),
-    Column("upstream", Text, nullable=False),
-    Column("through", Text, nullable=False),
-    Column("reserved_at", BigInteger, nullable=False),
-    Column("ended_at", BigInteger),
-    Column("hold_input", BigInteger, nullable=False),
-    Column("hold_output", BigInteger, nullable=False),
-    Column("maximum", BigInteger),
-    Column("lines", Text, nullable=False),
-    Column("capped_by", Text),
-    Column("would_refuse", Text, nullable=False),
-    Column("input_tokens", BigInteger),
-    Column("output_tokens", BigInteger),
-    Column("cached_tokens", BigInteger),
-    Column("reasoning_tokens", BigInteger),
-    Column("requests", BigInteger),
-    Column("provenance", Text),
-    Column("outcome", Text),
-    Column("counted_as", Text),
-    Column("response_id", Text),
-    Column("key_id", Text),
-    Column("tag", Text),
-    Column("address", Text),
+    *_required(Text, "owner state user_name model endpoint upstream through"),
+    *_required(BigInteger, "reserved_at"),
+    *_optional(BigInteger, "ended_at"),
+    *_required(BigInteger, "hold_input hold_output"),
+    *_optional(BigInteger, "maximum"),
+    *_required(Text, "lines"),
+    *_optional(Text, "capped_by"),
+    *_required(Text, "would_refuse"),
+    *_optional(BigInteger, "input_tokens output_tokens cached_tokens reasoning_tokens requests"),
+    *_optional(Text, "provenance outcome counted_as response_id key_id tag address"),
     Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'")),
     Index("calls_by_user", "user_name", "reserved_at"),
     Index("calls_uncounted", "id", sqlite_where=sa.text(UNCOUNTED)),
@@ -164,104 +161,69 @@ calls = Table(
         *("calls_by_response", "response_id", "id"),
         sqlite_where=sa.text("response_id IS NOT NULL"),
     ),
-    sqlite_with_rowid=False,
 )
 
 owners = Table(
     "owners",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("alive_until", BigInteger, nullable=False),
+    *_required(BigInteger, "alive_until"),
 )
 
-usage_by_day = Table(
+usage_by_day = _table(
     "usage_by_day",
-    metadata,
     Column("day", BigInteger, primary_key=True, autoincrement=False),
     Column("user_name", Text, primary_key=True),
     Column("through", Text, primary_key=True),
     Column("model", Text, primary_key=True),
-    Column("calls", BigInteger, nullable=False),
-    Column("requests", BigInteger, nullable=False),
-    Column("input_tokens", BigInteger, nullable=False),
-    Column("output_tokens", BigInteger, nullable=False),
-    Column("cached_tokens", BigInteger, nullable=False),
-    Column("reasoning_tokens", BigInteger, nullable=False),
-    Column("estimated", BigInteger, nullable=False),
+    *_required(BigInteger, "calls requests input_tokens output_tokens cached_tokens reasoning_tokens estimated"),
     Index("usage_by_day_of_user", "user_name", "day"),
     Index("usage_by_day_of_group", "through", "day"),
-    sqlite_with_rowid=False,
 )
 
-users = Table(
+users = _table(
     "users",
-    metadata,
     Column("source", Text, primary_key=True),
     Column("id", Text, primary_key=True),
-    Column("groups", Text, nullable=False),
-    Column("email", Text),
-    Column("is_service", Boolean, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    Column("disabled_at", BigInteger),
-    Column("cut_version", BigInteger),
-    Column("forgotten_at", BigInteger),
-    Column("pseudonym", Text),
+    *_required(Text, "groups"),
+    *_optional(Text, "email"),
+    *_required(Boolean, "is_service"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
+    *_optional(BigInteger, "disabled_at cut_version forgotten_at"),
+    *_optional(Text, "pseudonym"),
     Index("users_cut", "cut_version", sqlite_where=sa.text(CUT)),
-    sqlite_with_rowid=False,
 )
 
-identities = Table(
+identities = _table(
     "identities",
-    metadata,
     Column("source", Text, primary_key=True),
     Column("id", Text, primary_key=True),
-    Column("user_source", Text, nullable=False),
-    Column("user_id", Text, nullable=False),
+    *_required(Text, "user_source user_id"),
     Index("identities_of_user", "user_source", "user_id"),
-    sqlite_with_rowid=False,
 )
 
-api_keys = Table(
+api_keys = _table(
     "api_keys",
-    metadata,
     Column("id", Text, primary_key=True),
     Column("digest", Text, nullable=False, unique=True),
-    Column("user_source", Text, nullable=False),
-    Column("user_id", Text, nullable=False),
-    Column("label", Text, nullable=False),
-    Column("groups", Text),
-    Column("networks", Text),
-    Column("models", Text),
-    Column("tag", Text),
-    Column("takes_tag_header", Boolean, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    Column("expires_at", BigInteger),
-    Column("revoked_at", BigInteger),
-    Column("cut_version", BigInteger),
-    Column("used_at", BigInteger),
-    Column("used_from", Text),
-    Column("replaced_by", Text),
+    *_required(Text, "user_source user_id label"),
+    *_optional(Text, "groups networks models tag"),
+    *_required(Boolean, "takes_tag_header"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
+    *_optional(BigInteger, "expires_at revoked_at cut_version used_at"),
+    *_optional(Text, "used_from replaced_by"),
     Index("api_keys_of_user", "user_source", "user_id"),
     Index("api_keys_cut", "cut_version", sqlite_where=sa.text(CUT)),
-    sqlite_with_rowid=False,
 )
 
-audit = Table(
+audit = _table(
     "audit",
-    metadata,
     Column("id", Text, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("action", Text, nullable=False),
-    Column("target", Text, nullable=False),
-    Column("before", Text),
-    Column("after", Text),
-    Column("address", Text),
-    Column("request_id", Text),
-    Column("idempotency_key", Text),
-    Column("fingerprint", Text),
+    *_required(BigInteger, "at"),
+    *_required(Text, "actor action target"),
+    *_optional(Text, "before after address request_id idempotency_key fingerprint"),
     Index(
         *("audit_by_idempotency_key", "actor", "idempotency_key"),
         unique=True,
@@ -269,151 +231,113 @@ audit = Table(
     ),
     Index("audit_at", "at", "id", "target", "action"),
     *(Index(f"audit_of_{name}", name, "at") for name in ("target", "actor", "action")),
-    sqlite_with_rowid=False,
 )
 
 directory = Table(
     "directory",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("version", BigInteger, nullable=False),
+    *_required(BigInteger, "version"),
     Column("policy_version", BigInteger, nullable=False, server_default="0"),
 )
 
 
-groups = Table(
+groups = _table(
     "groups",
-    metadata,
     Column("name", Text, primary_key=True),
-    Column("position", BigInteger, nullable=False),
-    Column("models", Text),
-    Column("unlimited", Boolean, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(BigInteger, "position"),
+    *_optional(Text, "models"),
+    *_required(Boolean, "unlimited"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
 )
 
-quotas = Table(
+quotas = _table(
     "quotas",
-    metadata,
     Column("group_name", Text, primary_key=True),
     Column("name", Text, primary_key=True),
-    Column("position", BigInteger, nullable=False),
-    Column("document", Text, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(BigInteger, "position"),
+    *_required(Text, "document"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
 )
 
-grants = Table(
+grants = _table(
     "grants",
-    metadata,
     Column("id", Text, primary_key=True),
-    Column("quota_id", Text, nullable=False),
-    Column("user_name", Text),
-    Column("measure", Text, nullable=False),
-    Column("amount", BigInteger, nullable=False),
-    Column("until", BigInteger, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    Column("ended_at", BigInteger),
-    sqlite_with_rowid=False,
+    *_required(Text, "quota_id"),
+    *_optional(Text, "user_name"),
+    *_required(Text, "measure"),
+    *_required(BigInteger, "amount until"),
+    *_required(Text, "reason"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
+    *_optional(BigInteger, "ended_at"),
 )
 
-admin_keys = Table(
+admin_keys = _table(
     "admin_keys",
-    metadata,
     Column("id", Text, primary_key=True),
     Column("digest", Text, nullable=False, unique=True),
-    Column("name", Text, nullable=False),
-    Column("role", Text, nullable=False),
-    Column("groups", Text),
-    Column("grant_up_to", BigInteger),
-    Column("created_at", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    Column("expires_at", BigInteger),
-    Column("revoked_at", BigInteger),
-    sqlite_with_rowid=False,
+    *_required(Text, "name role"),
+    *_optional(Text, "groups"),
+    *_optional(BigInteger, "grant_up_to"),
+    *_required(BigInteger, "created_at"),
+    *_required(Text, "created_by"),
+    *_optional(BigInteger, "expires_at revoked_at"),
 )
 
-admin_sessions = Table(
+admin_sessions = _table(
     "admin_sessions",
-    metadata,
     Column("digest", Text, primary_key=True),
-    Column("key_digest", Text, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("expires_at", BigInteger, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(Text, "key_digest"),
+    *_required(BigInteger, "created_at expires_at"),
 )
 
-refusals = Table(
+refusals = _table(
     "refusals",
-    metadata,
     Column("request_id", Text, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("user_name", Text, nullable=False),
-    Column("quota_id", Text, nullable=False),
-    Column("model", Text, nullable=False),
-    Column("endpoint", Text, nullable=False),
-    Column("verdict", Text, nullable=False),
-    Column("measure", Text, nullable=False),
-    Column("maximum", BigInteger, nullable=False),
-    Column("used", BigInteger, nullable=False),
-    Column("held", BigInteger, nullable=False),
-    Column("needed", BigInteger, nullable=False),
-    Column("resets_at", BigInteger),
-    Column("admissible_at", BigInteger),
-    Column("key_id", Text),
-    Column("count", BigInteger, nullable=False),
-    Column("details", Text),
+    *_required(BigInteger, "at"),
+    *_required(Text, "user_name quota_id model endpoint verdict measure"),
+    *_required(BigInteger, "maximum used held needed"),
+    *_optional(BigInteger, "resets_at admissible_at"),
+    *_optional(Text, "key_id"),
+    *_required(BigInteger, "count"),
+    *_optional(Text, "details"),
     Index("refusals_at", "at", "quota_id"),
     Index("refusals_of_quota", "quota_id", "at"),
     Index("refusals_of_user", "user_name", "at"),
-    sqlite_with_rowid=False,
 )
 
-crossings = Table(
+crossings = _table(
     "crossings",
-    metadata,
     Column("subject", Text, primary_key=True),
     Column("quota_id", Text, primary_key=True),
-    Column("opened_at", BigInteger, nullable=False),
-    Column("resets_at", BigInteger, nullable=False),
-    Column("level", BigInteger, nullable=False),
-    Column("crossed_at", BigInteger, nullable=False),
+    *_required(BigInteger, "opened_at resets_at level crossed_at"),
     Index("crossings_open", "resets_at"),
     Index("crossings_latest", "level", "crossed_at"),
-    sqlite_with_rowid=False,
 )
 
-replicas = Table(
+replicas = _table(
     "replicas",
-    metadata,
     Column("owner", Text, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("status", Text, nullable=False),
-    Column("watching_until", BigInteger, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(BigInteger, "at"),
+    *_required(Text, "status"),
+    *_required(BigInteger, "watching_until"),
 )
 
-feed = Table(
+feed = _table(
     "feed",
-    metadata,
     Column("owner", Text, primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("at", BigInteger, nullable=False),
-    Column("body", Text, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(BigInteger, "at"),
+    *_required(Text, "body"),
 )
 
-call_cuts = Table(
+call_cuts = _table(
     "call_cuts",
-    metadata,
     Column("call_id", Text, primary_key=True),
-    Column("version", BigInteger, nullable=False),
-    Column("at", BigInteger, nullable=False),
-    sqlite_with_rowid=False,
+    *_required(BigInteger, "version at"),
 )
 
 # Where alembic stores the revision of the schema.

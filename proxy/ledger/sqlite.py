@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
-import orjson
 import sqlalchemy as sa
 import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
@@ -46,7 +45,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from proxy.ledger.book import Book, Operation, Reply
 from proxy.ledger.entry import Entry, call_id_prefix
-from proxy.ledger.rows import CHANGING, Row, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.rows import CHANGING, Row, as_json, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import (
     ADDED_TO_DAYS,
     DAY_COLUMNS,
@@ -114,12 +113,15 @@ class _Statements:
         put = insert(counters)
         values = {column.name: put.excluded[column.name] for column in counters.c if not column.primary_key}
         put = put.on_conflict_do_update(index_elements=[*counters.primary_key], set_=values)
+        lease = insert(owners)
+        lease = lease.on_conflict_do_update(index_elements=["id"], set_={"alive_until": lease.excluded.alive_until})
         change = sa.update(calls).where(calls.c.id == bindparam("call_id"))
         by_response = select(calls).where(calls.c.response_id == bindparam("response_id")).order_by(calls.c.id.desc())
         self.read_counters = str(select(counters).where(is_given).compile(dialect=dialect))
         self.read_calls = str(select(calls).where(calls.c.id.in_(select(given))).compile(dialect=dialect))
         self.read_response_call = f"{by_response.compile(dialect=dialect)} LIMIT 1"
         self.put_counters = str(put.compile(dialect=dialect))
+        self.put_owner = str(lease.compile(dialect=dialect))
         self.open_calls = str(sa.insert(calls).compile(dialect=dialect))
         self.change_calls = str(change.compile(dialect=dialect, column_keys=CHANGING))
 
@@ -347,7 +349,7 @@ class SqliteStore:
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
         """Let the lease of the process `owner` end `lease_ms` from now. Returns `now`, which decides."""
-        await self._in_thread(self._renew, {"id": owner, "alive_until": now + lease_ms})
+        await self._run_job([self._sql.put_owner], owner, now + lease_ms)
         return now
 
     async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
@@ -355,11 +357,18 @@ class SqliteStore:
 
         If this is the only process on the file, all others are dead. Workers go by the leases.
         """
-        return await self._in_thread(self._orphans, owner, now, limit)
+        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner)
+        if not self._is_only_process:
+            alive = select(owners.c.id).where(owners.c.alive_until > now)
+            statement = statement.where(calls.c.owner.not_in(alive))
+        async with self.transaction() as connection:
+            return [*await connection.scalars(statement.limit(limit))]
 
     async def open_calls(self, owner: str) -> list[str]:
         """The ids of the open calls of the process `owner`."""
-        return await self._in_thread(self._open_calls, owner)
+        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner == owner)
+        async with self.transaction() as connection:
+            return [*await connection.scalars(statement)]
 
     def on_failover(self, callback: Callable[[], object]) -> None:
         """Do nothing: a file has no server that could be replaced."""
@@ -377,7 +386,7 @@ class SqliteStore:
         return await self._run_job(DELETE_DAYS, limit, after, before)
 
     async def _run_job(self, statements: Sequence[str], *parameters: object) -> JobResult:
-        """Run one step of a maintenance job between two batches, in one transaction.
+        """Run these statements between two batches, in one transaction, such as one step of a maintenance job.
 
         The result has the rows of the last statement. SQLite leaves no deleted rows in its indexes, so the next step
         may start at the beginning.
@@ -449,7 +458,7 @@ class SqliteStore:
             self._version = version
         entries, ids = self._calls.take({operation.id for operation in operations})
         if ids:
-            for row in db.execute(self._sql.read_calls, _as_json(ids)):
+            for row in db.execute(self._sql.read_calls, (as_json(ids),)):
                 entries[row[0]] = entry_of(row)
         keys = keys_of(operations)
         for entry in entries.values():
@@ -458,38 +467,12 @@ class SqliteStore:
         counters, missing = self._counters.take(keys)
         if missing:
             counters |= dict.fromkeys(missing)
-            counters |= counters_of(db.execute(self._sql.read_counters, _as_json(missing)))
+            counters |= counters_of(db.execute(self._sql.read_counters, (as_json(missing),)))
         return Book(counters, entries, now)
 
     def _forget(self) -> None:
         self._counters.clear()
         self._calls.clear()
-
-    def _renew(self, row: dict[str, object]) -> None:
-        self._check_files()
-        with self._translated_errors(), self._engine.begin() as connection:
-            statement = insert(owners)
-            connection.execute(
-                statement.on_conflict_do_update(
-                    index_elements=["id"], set_={"alive_until": statement.excluded.alive_until}
-                ),
-                row,
-            )
-
-    def _open_calls(self, owner: str) -> list[str]:
-        self._check_files()
-        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner == owner)
-        with self._translated_errors(), self._engine.connect() as connection:
-            return list(connection.execute(statement).scalars())
-
-    def _orphans(self, owner: str, now: int, limit: int) -> list[str]:
-        self._check_files()
-        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
-        if not self._is_only_process:
-            alive = select(owners.c.id).where(owners.c.alive_until > now)
-            statement = statement.where(calls.c.owner.not_in(alive))
-        with self._translated_errors(), self._engine.connect() as connection:
-            return list(connection.execute(statement).scalars())
 
     def _job(self, statements: Sequence[str], parameters: tuple[object, ...]) -> int:
         self._check_files()
@@ -503,11 +486,11 @@ class SqliteStore:
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """The committed counters with these keys."""
-        return counters_of(await self._read(self._sql.read_counters, _as_json(keys)))
+        return counters_of(await self._read(self._sql.read_counters, (as_json(keys),)))
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """The entry of one call."""
-        return next(map(entry_of, await self._read(self._sql.read_calls, _as_json([entry_id]))), None)
+        return next(map(entry_of, await self._read(self._sql.read_calls, (as_json([entry_id]),))), None)
 
     async def find_response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response."""
@@ -616,7 +599,3 @@ def _configure(connection: Any, _: object) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql(_BEGIN)
-
-
-def _as_json(keys: Sequence[object]) -> tuple[str]:
-    return (orjson.dumps(keys).decode(),)

@@ -40,7 +40,7 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
     """The time in which an upstream had the call is not the proxy's own."""
     line, clock = _call()
     clock.now_s = 100.004
-    line.mark_asked()
+    line.asked_s = clock.now_s
     clock.now_s = 100.010
     line.mark_admitted(ENTRY)
     line.mark_sent()
@@ -110,7 +110,7 @@ def test_a_client_that_left_has_the_time_and_how_long_its_call_had_waited() -> N
     """A call that was never decided has waited until it ended."""
     line, clock = _call()
     clock.now_s = 100.5
-    line.mark_asked()
+    line.asked_s = clock.now_s
     clock.now_s = 102.0
     line.mark_left()
     clock.now_s = 102.25

@@ -762,7 +762,7 @@ async def test_the_time_of_the_ledger_is_that_of_the_clock_that_decides(path, cl
     store = ClockOfItsOwn(path, clock)
     store.ahead_ms = 300_000
     async with running(store, clock=clock) as ledger:
-        metrics = measured(ledger)
+        metrics = ledger.metrics
         assert ledger.now() == NOON + 300_000
         clock.now += 1000
         assert ledger.now() == NOON + 301_000
@@ -1260,20 +1260,13 @@ async def test_reports_are_read_beside_the_batches(ledger, path):
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def measured(ledger: Ledger) -> Metrics:
-    """New metrics, in which this ledger counts from now on."""
-    metrics = Metrics()
-    ledger.measure_in(metrics)
-    return metrics
-
-
 def read(metrics: Metrics) -> exposition.Metrics:
     return exposition.Metrics.of(metrics.exposition().decode())
 
 
 async def test_batches_are_measured(ledger):
     """How many operations each had, and how long it took."""
-    metrics = measured(ledger)
+    metrics = ledger.metrics
     for size in (4, 1):
         await apply_together(ledger, *(reserve(f"{size}-{number}", ROOMY, CALL) for number in range(size)))
     found = read(metrics)
@@ -1286,7 +1279,7 @@ async def test_batches_are_measured(ledger):
 async def test_failures_are_counted_by_what_failed(path):
     """Of the database, of one operation, of the lease, of the sweep, and of calls that have waited too long."""
     async with running(path, wait_s=0.01) as ledger:
-        metrics = measured(ledger)
+        metrics = ledger.metrics
         with connected(path) as other:
             other.execute("BEGIN IMMEDIATE")
             await ledger.renew_lease()
@@ -1309,7 +1302,7 @@ async def test_calls_of_dead_processes_are_counted(path, clock):
     async with running(path, clock=clock) as dead:
         await apply_together(dead, *(reserve(str(number), ROOMY, CALL) for number in range(3)))
     ledger = Ledger(SqliteStore(path), owner="process-2", now=clock)
-    metrics = measured(ledger)
+    metrics = ledger.metrics
     await ledger.start()
     await ledger.close()
     assert read(metrics).value("llm_quota_reservations_expired_total") == 3
