@@ -272,11 +272,6 @@ class Ledger:
         with _translated_errors():
             return await self._store.read_counters(keys)
 
-    async def entry(self, call_id: str) -> Entry | None:
-        """The entry of one call. Raises LedgerUnavailable."""
-        with _translated_errors():
-            return await self._store.read_entry(call_id)
-
     async def response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response. Raises LedgerUnavailable."""
         with _translated_errors():
