@@ -13,14 +13,18 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
+import sqlalchemy as sa
 
 from proxy.calls.log_line import LogLine
 from proxy.config.loader import Config
 from proxy.identity.authentication import Snapshot
 from proxy.identity.directory import Cuts, Directory, KeyUse, OwnedKey, User, UserId
 from proxy.ledger.book import Extend, Reserve
-from proxy.ledger.entry import CallLabels
-from proxy.ledger.store import StoreUnavailable
+from proxy.ledger.entry import CallLabels, Entry
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.rows import entry_of
+from proxy.ledger.schema import calls
+from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy import amounts
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens, Uses
 from proxy.policy.binding import Binding, Combine, GroupQuotas
@@ -264,3 +268,10 @@ def group(name: str, *quotas: Quota, models: Iterable[str] | None = None, unlimi
 def policy(*groups: Group, **settings: object) -> Policy:
     """A policy with these groups in this order."""
     return Policy(groups={each.name: each for each in groups}, **settings)  # type: ignore[arg-type]
+
+
+async def entry_in(database: Ledger | Store, call_id: str) -> Entry | None:
+    """The entry of one call, as it is stored."""
+    async with database.read() if isinstance(database, Ledger) else database.transaction() as connection:
+        row = (await connection.execute(sa.select(calls).where(calls.c.id == call_id))).first()
+    return None if row is None else entry_of(row)

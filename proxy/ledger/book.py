@@ -265,7 +265,9 @@ class Book:
             return self._unchanged(entry)
         # The input is lowered first: what it frees is room for the output of the same call.
         lowered = max(0, entry.hold.input - operation.input)
-        held_amounts = self._lower_input(entry.held_amounts, lowered) if lowered else [*entry.held_amounts]
+        held_amounts = [
+            self._change_held(held, Amount(-min(lowered, held.amount.input))) for held in entry.held_amounts
+        ]
         freed = {
             held.key for held, before in zip(held_amounts, entry.held_amounts, strict=True) if held is not before
         }
@@ -287,10 +289,6 @@ class Book:
         extended = replace(entry, hold=hold, held_amounts=tuple(held_amounts))
         self.entries[extended.id] = self.entries_changed[extended.id] = extended
         return Accepted(extended, self._counters_of(_keys(extended)), increase.verdict, frozenset(freed), self._now)
-
-    def _lower_input(self, held_amounts: Sequence[HeldAmount], tokens: int) -> list[HeldAmount]:
-        """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
-        return [self._change_held(held, Amount(-min(tokens, held.amount.input))) for held in held_amounts]
 
     def _free_not_increased(self, held_amounts: Sequence[HeldAmount], increase: HoldIncrease) -> list[HeldAmount]:
         """Free what is held of the quotas that cannot carry the increase and that did not admit the call."""

@@ -29,6 +29,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 
 import structlog
@@ -73,19 +74,14 @@ log = structlog.get_logger("ledger")
 _END, _EXTEND, _RESERVE = range(3)
 
 
+@dataclass(slots=True, eq=False)
 class _Queued:
-    """An operation of this kind and the future of its answer.
+    """An operation of this kind and the future of its answer."""
 
-    `may_be_committed`: a commit of it had an unknown outcome.
-    """
-
-    __slots__ = ("answer", "kind", "may_be_committed", "operation")
-
-    def __init__(self, operation: Operation, kind: int, answer: "asyncio.Future[Reply]") -> None:
-        self.operation = operation
-        self.kind = kind
-        self.answer = answer
-        self.may_be_committed = False
+    operation: Operation
+    kind: int
+    answer: "asyncio.Future[Reply]"
+    may_be_committed: bool = False  # a commit of it had an unknown outcome
 
 
 _kind_of = attrgetter("kind")
@@ -271,11 +267,6 @@ class Ledger:
         """The committed counters with these keys, for display. Raises LedgerUnavailable."""
         with _translated_errors():
             return await self._store.read_counters(keys)
-
-    async def entry(self, call_id: str) -> Entry | None:
-        """The entry of one call. Raises LedgerUnavailable."""
-        with _translated_errors():
-            return await self._store.read_entry(call_id)
 
     async def response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response. Raises LedgerUnavailable."""

@@ -105,29 +105,29 @@ class Notices:
 
     async def write(self) -> None:
         """Write what was added, in small transactions. If the database is away, the next run tries again."""
-        async with self._writing:
-            await self._write_all()
-
-    async def _write_all(self) -> None:
         try:
-            while self._refusals:
-                rows = list(islice(self._refusals, _ROWS_AT_ONCE))
-                await self._write(_insert_refusals, [asdict(row) for row in rows])
-                for _ in rows:
-                    self._refusals.popleft()
-            while self._crossings:
-                some = dict(islice(self._crossings.items(), _ROWS_AT_ONCE))
-                # Sorted, so that two processes lock the rows in the same order.
-                await self._write(_put_crossings, [asdict(some[key]) for key in sorted(some)])
-                for key, crossing in some.items():
-                    if self._crossings[key] is crossing:  # else a newer one was added meanwhile
-                        del self._crossings[key]
+            async with self._writing:
+                await self._write_all()
         except StoreUnavailable as error:
             if not self._is_away:
                 log.warning("refusals and crossings can't be written", reason=str(error))
             self._is_away = True
         else:
             self._is_away = False
+
+    async def _write_all(self) -> None:
+        while self._refusals:
+            rows = list(islice(self._refusals, _ROWS_AT_ONCE))
+            await self._write(_insert_refusals, [asdict(row) for row in rows])
+            for _ in rows:
+                self._refusals.popleft()
+        while self._crossings:
+            some = dict(islice(self._crossings.items(), _ROWS_AT_ONCE))
+            # Sorted, so that two processes lock the rows in the same order.
+            await self._write(_put_crossings, [asdict(some[key]) for key in sorted(some)])
+            for key, crossing in some.items():
+                if self._crossings[key] is crossing:  # else a newer one was added meanwhile
+                    del self._crossings[key]
 
     async def clean(self) -> None:
         """Delete what is too old, also what dead processes left in `replicas` and `feed`. Raises StoreUnavailable."""

@@ -147,7 +147,6 @@ READ_COUNTERS = f"""
         SELECT {_COUNTER} FROM {SCHEMA}.counters WHERE subject = given.subject AND quota_id = given.quota_id OFFSET 0
     ) AS kept
 """
-READ_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE id = $1"
 READ_RESPONSE_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE response_id = $1 ORDER BY id DESC LIMIT 1"
 READ_ORPHANS = f"""
     SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner <> $1
@@ -369,10 +368,6 @@ class PostgresStore:
         """The committed counters with these keys."""
         subjects, quota_ids = [key[0] for key in keys], [key[1] for key in keys]
         return counters_of(await self._read(READ_COUNTERS, subjects, quota_ids))
-
-    async def read_entry(self, entry_id: str) -> Entry | None:
-        """The entry of one call."""
-        return next(map(entry_of, await self._read(READ_CALL, entry_id)), None)
 
     async def find_response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response."""

@@ -11,16 +11,7 @@ import orjson
 
 from proxy.ledger.book import Book, Extend, Operation, Reserve, Restore
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
-from proxy.policy.amounts import (
-    QUANTITIES,
-    Amount,
-    AtLeast,
-    Exactly,
-    Tokens,
-    Unspent,
-    Usage,
-    call_amount,
-)
+from proxy.policy.amounts import QUANTITIES, Amount, AtLeast, Exactly, Tokens, Unspent, Usage, call_amount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
 

@@ -488,10 +488,6 @@ class SqliteStore:
         """The committed counters with these keys."""
         return counters_of(await self._read(self._sql.read_counters, (as_json(keys),)))
 
-    async def read_entry(self, entry_id: str) -> Entry | None:
-        """The entry of one call."""
-        return next(map(entry_of, await self._read(self._sql.read_calls, (as_json([entry_id]),))), None)
-
     async def find_response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response."""
         return next(map(entry_of, await self._read(self._sql.read_response_call, (response_id,))), None)

@@ -133,9 +133,6 @@ class Store(Protocol):
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """The committed counters with these keys, read without a lock. Raises StoreUnavailable."""
 
-    async def read_entry(self, entry_id: str) -> Entry | None:
-        """The entry of one call. Raises StoreUnavailable."""
-
     async def find_response_entry(self, response_id: str) -> Entry | None:
         """The entry of the call that made this response; of several, the newest. Raises StoreUnavailable."""
 

@@ -20,6 +20,7 @@ from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.server import Simulator
 from proxy.web.response import WebResponder
 from tests.bare_upstream import bare_upstream, connections
+from tests.builders import entry_in
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -237,7 +238,7 @@ async def _read_and_leave(on: Stage, disconnects: WatchedDisconnects, length: in
 async def _charged(on: Stage, call_id: str) -> Usage:
     """The charge of a call whose client left, after its end. The quota has the same usage and holds nothing."""
     await on.all_settled()
-    entry = await on.server.ledger.entry(call_id)
+    entry = await entry_in(on.server.ledger, call_id)
     assert entry is not None and entry.usage is not None
     assert entry.outcome == "client_left"
     assert await on.used() == (entry.usage.tokens.input + entry.usage.tokens.output, 0)
@@ -333,6 +334,6 @@ async def test_a_disconnect_before_the_call_was_sent_costs_nothing(stream: bool,
         await on.all_settled()
         assert await on.used() == (0, 0)
         assert on.simulator.received == 0
-        entry = await on.server.ledger.entry(disconnects.client.id)
+        entry = await entry_in(on.server.ledger, disconnects.client.id)
         assert entry is not None
         assert (entry.state, entry.outcome) == ("released", "client_left")

@@ -16,6 +16,7 @@ from proxy.formats.meter import Meter
 from proxy.formats.sse import Event
 from proxy.ledger.entry import Entry
 from tests.bare_upstream import connections
+from tests.builders import entry_in
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -37,7 +38,7 @@ async def _charged(on: Stage) -> tuple[int, int]:
 
 
 async def _entry(on: Stage, request_id: str) -> Entry:
-    entry = await on.server.ledger.entry(request_id)
+    entry = await entry_in(on.server.ledger, request_id)
     assert entry is not None
     return entry
 

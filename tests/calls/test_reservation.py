@@ -25,7 +25,7 @@ from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usag
 from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
-from tests.builders import NOON, binding, call, exactly, quota, reserve
+from tests.builders import NOON, binding, call, entry_in, exactly, quota, reserve
 from tests.sqlite import write_migrated
 from tests.stage import Clock, fast_timers, loaded, until
 
@@ -62,7 +62,7 @@ class AdmittedCall:
 
     async def entry(self) -> Entry:
         """Its entry in the ledger."""
-        entry = await self.ledger.entry("req_1")
+        entry = await entry_in(self.ledger, "req_1")
         assert entry is not None
         return entry
 
@@ -177,7 +177,7 @@ async def test_a_ledger_that_hangs_delays_the_end_for_a_limited_time(tmp_path: P
         other.close()
     reopened = SqliteStore(tmp_path / "quotas.db")
     await reopened.open()
-    entry = await reopened.read_entry("req_1")
+    entry = await entry_in(reopened, "req_1")
     assert entry is not None
     assert entry.usage == exactly(10, 20)
     await reopened.close()

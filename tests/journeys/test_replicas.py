@@ -26,7 +26,7 @@ from proxy.ledger.schema import users
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
-from tests.builders import NOON, binding, call, exactly, extend, quota, reserve
+from tests.builders import NOON, binding, call, entry_in, exactly, extend, quota, reserve
 from tests.calls.test_reservation import AdmittedCall
 from tests.ledger.test_postgres import LONG, Database, until
 from tests.postgres import shared
@@ -138,7 +138,7 @@ async def test_calls_of_a_dead_replica_are_charged_once_by_the_others(database):
         await expire_lease(database, "dead")
         with capture_logs():
             await asyncio.gather(one.sweep(), two.sweep())
-        entry = await one.entry("1")
+        entry = await entry_in(one, "1")
         assert (entry.state, entry.outcome, entry.usage) == ("expired", "lost", AtLeast(Tokens(100, 100)))
         [counter] = (await two.counters(ANN.keys())).values()
     assert (counter.used, counter.held) == (Amount(101, 101, 2), Amount())
@@ -167,7 +167,7 @@ async def test_a_replica_that_was_paused_charges_each_call_once(database):
         await paused.renew_lease()
         await paused.reserve(reserve_stream("4", paused))
         await other.sweep()
-        assert (await other.entry("4")).state == "open"
+        assert (await entry_in(other, "4")).state == "open"
     await database.audit()
 
 
@@ -349,7 +349,7 @@ async def test_the_ledger_works_through_pgbouncer_in_transaction_mode(bouncer, d
         await expire_lease(database, "two")
         with capture_logs():
             await one.sweep()
-        assert (await two.entry("open")).state == "expired"
+        assert (await entry_in(two, "open")).state == "expired"
     await database.audit()
 
 

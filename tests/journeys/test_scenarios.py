@@ -22,7 +22,7 @@ from proxy.ledger.entry import Entry
 from proxy.policy.amounts import Exactly, Tokens
 from proxy.simulator.server import Served, Simulator
 from tests.bare_upstream import Serve, bare_upstream, stream_head
-from tests.builders import DAY, NOON
+from tests.builders import DAY, NOON, entry_in
 from tests.stage import UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -86,7 +86,7 @@ async def _settled_entry(on: Stage, reply: Reply) -> Entry:
 
 
 async def _entry(on: Stage, call_id: str) -> Entry:
-    entry = await on.server.ledger.entry(call_id)
+    entry = await entry_in(on.server.ledger, call_id)
     assert entry is not None
     return entry
 

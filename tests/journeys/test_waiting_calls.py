@@ -17,7 +17,7 @@ from proxy.config.loader import load_text
 from proxy.formats.strict_json import dump
 from proxy.policy.quota import Grant, grants_by_quota
 from proxy.simulator.media import TRANSCRIPT
-from tests.builders import HOUR, NOON, grant
+from tests.builders import HOUR, NOON, entry_in, grant
 from tests.directory import add_key, add_user, set_key, set_user
 from tests.stage import Reply, Stage, key_of, stage, text_of, until
 
@@ -107,7 +107,7 @@ async def test_a_waiting_call_goes_through_the_groups_that_its_user_has_now(tmp_
         await _reload(on, _policy(groups="lab"))
         reply = await waiting
         assert reply.status == 200
-        entry = await on.server.ledger.entry(reply.headers["x-request-id"])
+        entry = await entry_in(on.server.ledger, reply.headers["x-request-id"])
         assert entry is not None
         assert entry.admitted_via == "lab"
         assert (await on.used("lab/daily"))[0] == 15

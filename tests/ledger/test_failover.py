@@ -21,7 +21,7 @@ from proxy.ledger.schema import owners
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
-from tests.builders import binding, call, exactly, extend, quota, reserve
+from tests.builders import binding, call, entry_in, exactly, extend, quota, reserve
 from tests.failover import pair, until
 from tests.ledger.test_postgres import LONG, NO_CLOCK, Database, apply, apply_until_done
 from tests.postgres import shared
@@ -202,8 +202,8 @@ async def test_of_several_hosts_the_primary_is_used(servers, tmp_path):
         await apply(store, reserve("1", ANN, CALL))
         await servers.primary.stop()
         with pytest.raises(StoreUnavailable) as caught:
-            await store.read_entry("1")
-            await store.read_entry("1")
+            await store.find_response_entry("resp_1")
+            await store.find_response_entry("resp_1")
         with capture_logs() as logs:
             await servers.standby.promote()
             await apply_until_done(store, Settle("1", SETTLED, "complete"))
@@ -279,8 +279,8 @@ async def test_what_a_failover_has_lost_of_calls_in_flight_is_made_up_for(server
             "lost",
             "lost too",
         ]
-        assert (await ledger.entry("end lost")).usage == AtLeast(Tokens(100, 400))
-        assert await ledger.entry("all lost") is None
+        assert (await entry_in(ledger, "end lost")).usage == AtLeast(Tokens(100, 400))
+        assert await entry_in(ledger, "all lost") is None
         [counter] = (await ledger.counters(ANN.keys())).values()
         assert (counter.used, counter.held) == (Amount(4 * 90 + 100, 4 * 60 + 400, 5), Amount())
     await Database(servers.standby, servers.standby.url).audit()
@@ -303,7 +303,7 @@ async def test_a_sweep_leaves_calls_alone_that_are_in_flight():
                 await ledger.sweep()
             await using
         assert [line for line in logs if line["event"].startswith("the database has lost")] == []
-        assert (await ledger.entry("open")).state == "open"
+        assert (await entry_in(ledger, "open")).state == "open"
     await database.audit()
 
 

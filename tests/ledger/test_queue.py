@@ -19,7 +19,7 @@ from proxy.policy.admission import Verdict
 from proxy.policy.amounts import Amount, Uses
 from proxy.policy.quota import CounterKey, Demand
 from tests.audit import connected
-from tests.builders import NOON, binding, call, estimated, exactly, extend, grant, quota, reserve
+from tests.builders import NOON, binding, call, entry_in, estimated, exactly, extend, grant, quota, reserve
 from tests.stage import until
 
 SHARED = quota("staff/pot", tokens=1000, shared=True)
@@ -431,7 +431,7 @@ async def test_a_stream_holds_what_it_gets_while_it_waits(path: Path, monkeypatc
         await ledger.end(Settle("3", exactly(0, 100), "complete"))
         await ledger.end(Settle("unknown", exactly(0), "complete"))
         assert not waiting.done()
-        entry = await ledger.entry("1")
+        entry = await entry_in(ledger, "1")
         assert entry is not None
         assert entry.hold.output == 400
         await ledger.end(Settle("4", exactly(0, 100), "complete"))
@@ -490,7 +490,7 @@ async def test_a_stream_that_is_cancelled_while_it_waits_gets_no_more(path: Path
         waiting.cancel()
         await asyncio.wait([waiting])
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
-        entry = await ledger.entry("1")
+        entry = await entry_in(ledger, "1")
         assert entry is not None
         assert entry.hold.output == 100
 

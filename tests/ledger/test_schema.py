@@ -19,7 +19,7 @@ from proxy.ledger.schema import HEAD, NewerSchema, metadata, migrate
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Amount
 from tests.audit import audit, connected, contents, rows
-from tests.builders import NOON, binding, call, exactly, quota, reserve
+from tests.builders import NOON, binding, call, entry_in, exactly, quota, reserve
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ async def test_an_open_call_of_the_first_release_can_be_settled(engine, path):
     await store.open()
     assert await store.orphans("process-2", NOON, limit=9) == ["2"]
     [reply] = await store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
-    assert reply.entry == await store.read_entry("2")
+    assert reply.entry == await entry_in(store, "2")
     assert (reply.entry.hold, reply.entry.maximum) == (Amount(100, 400, 1), 400)
     [counter] = reply.counters.values()
     assert (counter.used, counter.held) == (Amount(170, 100, 2), Amount())
@@ -216,8 +216,8 @@ async def test_the_release_before_works_on_the_tables_of_the_directory(engine, p
         [read] = connection.execute(f"SELECT {FOURTH_COLUMNS} FROM calls WHERE id = 'req_3'").fetchall()
         connection.execute("UPDATE calls SET state = 'released', ended_at = 1, lines = '[]' WHERE id = 'req_3'")
     assert read[:5] == ("req_3", "process-1", "open", "ann", "gpt-4o-mini")
-    assert (await store.read_entry("req_3")).labels == labels
-    assert (await store.read_entry("req_2")).labels == CallLabels("ann", "gpt-4o-mini", "chat", "openai")
+    assert (await entry_in(store, "req_3")).labels == labels
+    assert (await entry_in(store, "req_2")).labels == CallLabels("ann", "gpt-4o-mini", "chat", "openai")
     await store.close()
 
 
@@ -265,7 +265,7 @@ async def test_a_release_runs_on_the_schema_of_the_next(engine, path):
     await store.open()
     await store.apply([reserve("1", binding([quota("staff/daily", tokens=1000)]), call(100, 400))], NOON)
     [reply] = await store.apply([Settle("1", exactly(80, 40), "complete")], NOON)
-    assert reply.entry == await store.read_entry("1")
+    assert reply.entry == await entry_in(store, "1")
     await store.close()
     audit(path)
 

@@ -47,7 +47,20 @@ from tests.breakage import (
     without_log,
     writers,
 )
-from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
+from tests.builders import (
+    DAY,
+    HOUR,
+    NOON,
+    amount,
+    binding,
+    call,
+    entry_in,
+    estimated,
+    exactly,
+    extend,
+    quota,
+    reserve,
+)
 from tests.sqlite import write_migrated
 
 DAILY = quota("staff/daily", tokens=1000)
@@ -111,7 +124,7 @@ async def test_an_entry_is_read_as_it_was_written(store, path, ends, is_one_batc
         ]
     assert isinstance(reply, Accepted)
     assert (reply.entry.capped_by, reply.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
-    assert await store.read_entry("1") == reply.entry
+    assert await entry_in(store, "1") == reply.entry
     assert await store.read_counters(WATCHED.keys()) == reply.counters
     audit(path)
 
@@ -151,12 +164,12 @@ async def test_an_extended_entry_is_read_as_it_was_written(store, path, ends):
     for now, operation, held_amounts in EXTENDS:
         [reply] = await store.apply([operation], now)
         assert len(reply.entry.held_amounts) == held_amounts
-        assert await store.read_entry("1") == reply.entry
+        assert await entry_in(store, "1") == reply.entry
         audit(path)
     assert (reply.verdict, reply.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
     for end in ends:
         [reply] = await store.apply([end], NOON + DAY)
-        assert await store.read_entry("1") == reply.entry
+        assert await entry_in(store, "1") == reply.entry
         assert await store.read_counters([held.key for held in reply.entry.held_amounts]) == reply.counters
         audit(path)
 
@@ -169,7 +182,7 @@ async def test_the_maximum_of_an_answer_is_read_as_it_was_written(store):
         reserve("unknown", ANN, call(1, 40, is_unbounded=True)),
     ]
     await store.apply(operations, NOON)
-    assert [(await store.read_entry(operation.id)).maximum for operation in operations] == [40, 0, None]
+    assert [(await entry_in(store, operation.id)).maximum for operation in operations] == [40, 0, None]
 
 
 async def test_an_extend_sees_a_window_that_another_call_has_opened(store, path):
@@ -196,7 +209,7 @@ async def test_a_name_may_have_any_characters(store, path, name):
     operation = replace(reserve(name, who, CALL), labels=CallLabels(name, name, name, name))
     await store.apply([operation, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
     [reply] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
-    assert reply.entry == await store.read_entry(name)
+    assert reply.entry == await entry_in(store, name)
     assert reply.counters == await store.read_counters(who.keys())
     assert reply.counters.keys() == {DAILY.key_for(name)}
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
@@ -216,7 +229,7 @@ async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry
     """An operation on an unknown call replies Unknown."""
     assert await store.read_counters(ANN.keys()) == {}
     assert await store.read_counters([]) == {}
-    assert await store.read_entry("1") is None
+    assert await entry_in(store, "1") is None
     assert await store.apply([Release("1")], NOON) == [Unknown("1")]
 
 
@@ -237,7 +250,7 @@ async def test_the_largest_numbers_are_read_as_they_were_written(store):
     """Milliseconds of a far year and a trillion tokens have more than 32 bits."""
     who, far = binding([quota("staff/daily", tokens=10**13)]), NOON + 200_000 * DAY
     [reply] = await store.apply([reserve("1", who, call(10**12, 10**12))], far)
-    assert await store.read_entry("1") == reply.entry
+    assert await entry_in(store, "1") == reply.entry
     assert await levels(store) == (Amount(), Amount(10**12, 10**12, 1))
 
 
@@ -356,7 +369,7 @@ async def test_after_a_batch_that_failed_nothing_is_kept(faulty, path):
     with statements(writer) as seen:
         [reply] = await store.apply([extend("1", ANN, 401)], NOON)
     assert len(reads(seen)) == 2
-    assert reply.entry == await store.read_entry("1")
+    assert reply.entry == await entry_in(store, "1")
     assert (reply.entry.state, await levels(store)) == ("open", (Amount(), Amount(100, 401, 1)))
     audit(path)
 
@@ -550,7 +563,7 @@ async def test_a_read_of_a_table_that_was_dropped_raises_store_unavailable(store
     with pytest.raises(StoreUnavailable, match=r"quotas\.db can't be used \(no such table.*another program"):
         await store.read_counters(ANN.keys())
     with pytest.raises(StoreUnavailable, match="no such table"):
-        await store.read_entry("1")
+        await store.find_response_entry("resp_1")
     with pytest.raises(StoreUnavailable, match="no such table"):
         await store.orphans("me", NOON, limit=10)
 
@@ -562,7 +575,7 @@ async def test_a_read_shows_that_a_file_in_use_is_gone_or_empty(faulty, path, fa
     await store.apply([reserve("1", ANN, CALL)], NOON)
     with fault(path, writer):
         before = sorted(path.parent.glob("*"))
-        for read in (store.read_counters(ANN.keys()), store.read_entry("1")):
+        for read in (store.read_counters(ANN.keys()), store.find_response_entry("resp_1")):
             with pytest.raises(StoreUnavailable, match=REMEDIES[fault]):
                 await read
         assert sorted(path.parent.glob("*")) == before
@@ -706,7 +719,7 @@ async def test_a_worker_writes_only_in_its_turn(path):
     fcntl.flock(turn, fcntl.LOCK_EX)
     waiting = asyncio.get_running_loop().create_task(first.apply([reserve("1", ANN, CALL)], NOON))
     for _ in range(20):
-        assert await first.read_entry("1") is None
+        assert await entry_in(first, "1") is None
     assert not waiting.done()
     os.close(turn)
     await waiting
@@ -772,7 +785,7 @@ async def test_closing_leaves_one_file_and_frees_its_lock(new_path):
     store = SqliteStore(path)
     await store.open()
     await store.apply([reserve("1", ANN, CALL)], NOON)
-    await store.read_entry("1")
+    await store.find_response_entry("resp_1")
     await store.close()
     assert sorted(file.name for file in path.parent.iterdir()) == ["quotas.db", "quotas.db.lock"]
     again = SqliteStore(path)
@@ -999,7 +1012,7 @@ async def test_only_the_owner_can_use_the_files(new_path, umask):
         worker = SqliteStore(new_path, lock=parent.hand_over())
         await worker.open()
         await worker.apply([reserve("1", ANN, CALL)], NOON)
-        await worker.read_entry("1")
+        await worker.find_response_entry("resp_1")
         modes = {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in new_path.parent.iterdir()}
         await worker.close()
         await parent.close()
