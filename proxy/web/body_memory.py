@@ -99,20 +99,19 @@ class BodyShare:
     `free` must be called on every path, and may be called more than once.
     """
 
-    __slots__ = ("_check_large", "_is_checked", "_memory", "_user", "size")
+    __slots__ = ("_check_large", "_memory", "_user", "size")
 
-    def __init__(self, memory: BodyMemory, user: str, check_large: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, memory: BodyMemory, user: str, check_large: Callable[[], Awaitable[None]] | None) -> None:
         self._memory = memory
         self._user = user
         self._check_large = check_large
-        self._is_checked = False
         self.size = 0
 
     async def check(self, size: int) -> None:
         """Check whether a body of `size` bytes may be read. Raises what `check_large` raises."""
-        if size > SMALL_BYTES_MAX and not self._is_checked:
-            self._is_checked = True
-            await self._check_large()
+        if size > SMALL_BYTES_MAX and self._check_large is not None:
+            check, self._check_large = self._check_large, None
+            await check()
 
     async def hold(self, size: int) -> None:
         """Hold at least `size` bytes in all. Raises BodyMemoryFull, and what `check_large` raises."""

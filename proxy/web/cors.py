@@ -66,8 +66,6 @@ class Cors:
     def _allowed(self, request: web.Request) -> str | None:
         """The value of Access-Control-Allow-Origin; None if the origin is not allowed or the request has none."""
         origin = request.headers.get(hdrs.ORIGIN)
-        if origin is None or not self._origins:
-            return None
-        if "*" in self._origins:
+        if origin is not None and "*" in self._origins:
             return "*"
         return origin if origin in self._origins else None

@@ -23,6 +23,7 @@ import asyncio
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -37,17 +38,10 @@ from proxy.ledger.replicas import AuditedChange
 from proxy.policy.amounts import NO_AMOUNT
 from proxy.policy.policy import EVERYONE
 from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
-from proxy.web.middleware import REQUEST_ID
+from proxy.web.middleware import LOG_LINE
 from proxy.web.response import HEARTBEAT
 
 TICK_S = 0.2
-# The ring: 200 s of five batches a second, but no more than 8 MiB.
-ENTRIES_MAX = 1_000
-BYTES_MAX = 8 * 1024 * 1024
-# How many streams of administrators may be open in one process, how many of users, and how many of one user.
-STREAMS_MAX = 100
-OWN_STREAMS_MAX = 200
-STREAMS_OF_USER_MAX = 4
 # Events are collected for so long after the last stream has ended, so that it can be resumed.
 LINGER_MS = 30_000
 # Of how many counters the newest state is remembered, while somebody watches. One takes about 500 bytes.
@@ -57,9 +51,6 @@ SNAPSHOT_CALLS_MAX = 200
 SNAPSHOT_COUNTERS_MAX = 500
 # How many changes, and batches of other processes, wait for the next tick.
 WAITING_MAX = 100
-# A client that accepts no data for this long is disconnected.
-_WRITE_S = 30.0
-_HEARTBEAT_S = 15.0
 # How often it is asked whether a client may still read the stream.
 _CHECK_S = 15.0
 # How much is written at a time: what waits in the connection of a slow client is a little more than its buffer.
@@ -78,18 +69,18 @@ _HEADERS = {
 class Bounds:
     """How large the ring may become, how many streams may be open, and how long a client may take.
 
-    `streams` may show more than one user's counters, `own_streams` show only these, `streams_of_user` those of one.
-    A client that takes no data for `write_s` seconds is disconnected. One that gets none for `heartbeat_s` seconds
-    gets a comment.
+    The ring has 200 s of five batches a second, but no more than 8 MiB. `streams` may show more than one user's
+    counters, `own_streams` show only these, `streams_of_user` those of one. A client that takes no data for `write_s`
+    seconds is disconnected. One that gets none for `heartbeat_s` seconds gets a comment.
     """
 
-    entries: int = ENTRIES_MAX
-    bytes: int = BYTES_MAX
-    streams: int = STREAMS_MAX
-    own_streams: int = OWN_STREAMS_MAX
-    streams_of_user: int = STREAMS_OF_USER_MAX
-    write_s: float = _WRITE_S
-    heartbeat_s: float = _HEARTBEAT_S
+    entries: int = 1_000
+    bytes: int = 8 * 1024 * 1024
+    streams: int = 100
+    own_streams: int = 200
+    streams_of_user: int = 4
+    write_s: float = 30.0
+    heartbeat_s: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +94,9 @@ class Filter:
     user: str | None = None
 
     @classmethod
-    def of_groups(cls, groups: Iterable[str]) -> "Filter":
-        """What a manager of these groups sees."""
-        return cls(frozenset(groups))
+    def of_groups(cls, groups: Iterable[str] | None) -> "Filter":
+        """What a manager of these groups sees; None: what an admin sees who manages all."""
+        return cls(None if groups is None else frozenset(groups))
 
     @classmethod
     def of_user(cls, user: str, groups: Iterable[str]) -> "Filter":
@@ -114,11 +105,6 @@ class Filter:
         `groups` are those of `Policy.all_quotas`, so that `default` is among them where it applies.
         """
         return cls(frozenset((*groups, EVERYONE)), user)
-
-    @property
-    def shows_all(self) -> bool:
-        """Whether nothing is left out."""
-        return self.groups is None
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -146,6 +132,10 @@ class Filter:
             return True
         is_of_quota = change.action in ACTIONS_ON_GROUPS and "/" in change.target
         return self.user is None and is_of_quota and group_of(change.target) in self.groups
+
+
+# Says what the client of a stream may see now; None: nothing more.
+Check = Callable[[], Awaitable[Filter | None]]
 
 
 class Part(NamedTuple):
@@ -193,7 +183,7 @@ class Events:
     """The streams of one process, and the ring that they read. `owner` is the name of the process.
 
     `now` gives ms since 1970, and `health` the state of this process as JSON values. `on_watching` is called when the
-    first stream opens.
+    first stream opens. `is_watched` says whether events are collected: a stream is open, or was until a moment ago.
     """
 
     def __init__(
@@ -221,7 +211,7 @@ class Events:
         # How many are open, by the user whose counters they show; None: those of administrators.
         self._streams: Counter[str | None] = Counter()
         self._lingers_until = 0
-        self._is_collecting = False
+        self.is_watched = False
         self._is_closing = False
         self._published = asyncio.Event()
         self._known: OrderedDict[CounterKey, CounterState] = OrderedDict()
@@ -232,32 +222,22 @@ class Events:
         self._shown_health = b""
 
     @property
-    def is_watched(self) -> bool:
-        """Whether events are collected: a stream is open, or was until a moment ago."""
-        return self._is_collecting
-
-    @property
     def streams(self) -> int:
         """How many streams are open."""
         return self._streams.total()
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """How many batches the ring has, and about how many bytes they take."""
-        return len(self._ring), self._bytes
 
     # What happens
 
     def tick(self) -> None:
         """Make one batch of what happened since the last call. To be called every TICK_S."""
         self._number += 1
-        if self._is_collecting and not self.streams and self._now() >= self._lingers_until:
+        if self.is_watched and not self.streams and self._now() >= self._lingers_until:
             self._stop_collecting()
-        self._activity.is_watched = self._is_collecting or self.is_watched_elsewhere
+        self._activity.is_watched = self.is_watched or self.is_watched_elsewhere
         batch = self._activity.take()
         if self.is_watched_elsewhere and batch:
             self.on_batch(batch)
-        if self._is_collecting:
+        if self.is_watched:
             parts = [Part(self._owner, batch), *self._incoming]
             changes, self._incoming, self._changes = self._changes, [], []
             health = orjson.dumps(self._health())
@@ -289,7 +269,7 @@ class Events:
             }
         entry = _Entry(self._number, [part for part in parts if part.batch], changes, health)
         if entry.parts or changes or health:
-            entry.seal(b"".join(_with_id(_events(entry, Filter()), self._id(self._number))))
+            entry.seal(self._with_id(_events(entry, Filter()), self._number))
             self._ring.append(entry)
             self._bytes += entry.size
         while self._ring and (len(self._ring) > self._bounds.entries or self._bytes > self._bounds.bytes):
@@ -328,22 +308,15 @@ class Events:
 
     # Who watches
 
-    async def stream(
-        self,
-        request: web.Request,
-        sees: Filter,
-        *,
-        check: Callable[[], Awaitable[Filter | None]] | None = None,
-    ) -> web.StreamResponse:
+    async def stream(self, request: web.Request, sees: Filter, *, check: Check) -> web.StreamResponse:
         """Answer a request with a stream of events, from the one after its `Last-Event-ID`, as far as `sees` shows.
 
-        `check` is asked every few seconds what the client may see now; None ends the stream. Returns when the client
+        `check` is asked every few seconds; None ends the stream. Returns when the client
         has left or no longer reads, or when the server stops. Raises TooManyStreams.
         """
         if self._is_closing or not self._has_room_for(sees.user):
             raise TooManyStreams
-        id = {"x-request-id": request[REQUEST_ID]} if REQUEST_ID in request else {}
-        response = web.StreamResponse(headers={**_HEADERS, **id})
+        response = web.StreamResponse(headers={**_HEADERS, "x-request-id": request[LOG_LINE].request_id})
         self._streams[sees.user] += 1
         self._begin_collecting()
         try:
@@ -364,18 +337,12 @@ class Events:
         own = self.streams - self._streams[None]
         return own < self._bounds.own_streams and self._streams[user] < self._bounds.streams_of_user
 
-    async def _follow(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        sees: Filter,
-        check: Callable[[], Awaitable[Filter | None]] | None,
-    ) -> None:
+    async def _follow(self, request: web.Request, response: web.StreamResponse, sees: Filter, check: Check) -> None:
         position = self._position_of(request.headers.get("last-event-id", ""))
         loop = asyncio.get_running_loop()
         checked_s = written_s = loop.time()
         while not self._is_closing:
-            if check is not None and loop.time() - checked_s >= _CHECK_S:
+            if loop.time() - checked_s >= _CHECK_S:
                 now_sees, checked_s = await check(), loop.time()
                 if now_sees is None:
                     return
@@ -383,8 +350,10 @@ class Events:
             published = self._published
             data, position = self._next(position, sees)
             if not data:
-                if await _is_set_in(published, self._bounds.heartbeat_s - (loop.time() - written_s)):
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._bounds.heartbeat_s - (loop.time() - written_s)):
+                        await published.wait()
+                        continue
                 data = HEARTBEAT
             written_s = loop.time()
             for first in range(0, len(data), _PIECE_BYTES):
@@ -405,9 +374,9 @@ class Events:
         if position is None or position < self._floor:
             return self._snapshot(sees), self._number
         for entry in islice(self._ring, bisect_right(self._ring, position, key=lambda each: each.number), None):
-            if sees.shows_all:
+            if sees.groups is None:
                 return entry.whole, entry.number
-            data = b"".join(_with_id(_events(entry, sees), self._id(entry.number)))
+            data = self._with_id(_events(entry, sees), entry.number)
             if data:
                 return data, entry.number
             position = entry.number
@@ -421,19 +390,19 @@ class Events:
             calls = _fragments(islice(self._activity.calls_in_flight(sees.shows_group), SNAPSHOT_CALLS_MAX))
             health = orjson.Fragment(orjson.dumps(self._health()))
             content = {"replica": self._owner, "calls": calls, **content, "health": health}
-        return b"".join(_with_id([_event("snapshot", orjson.dumps(content))], self._id(self._number)))
+        return self._with_id([_event("snapshot", orjson.dumps(content))], self._number)
 
     def _begin_collecting(self) -> None:
-        if self._is_collecting:
+        if self.is_watched:
             return
-        self._is_collecting = self._activity.is_watched = True
+        self.is_watched = self._activity.is_watched = True
         self._lingers_until = self._now() + LINGER_MS
         self._floor = self._number  # nothing was collected before
         self._shown_health = orjson.dumps(self._health())
         self.on_watching()
 
     def _stop_collecting(self) -> None:
-        self._is_collecting = False
+        self.is_watched = False
         self._empty_ring()
         self._known.clear()
         self._known_of.clear()
@@ -442,8 +411,11 @@ class Events:
     def _empty_ring(self) -> None:
         self._ring, self._bytes, self._floor = [], 0, self._number
 
-    def _id(self, number: int) -> str:
-        return f"{self._owner}:{number}"
+    def _with_id(self, events: list[bytes], number: int) -> bytes:
+        """These events as one text. The last one has the id of this batch."""
+        if not events:
+            return b""
+        return b"".join((*events[:-1], b"id: %b:%d\n" % (self._owner.encode(), number), events[-1]))
 
 
 def _events(entry: _Entry, sees: Filter) -> list[bytes]:
@@ -490,18 +462,3 @@ def _fragments(texts: Iterable[bytes]) -> list[orjson.Fragment]:
 
 def _event(name: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
-
-
-def _with_id(events: list[bytes], id: str) -> list[bytes]:
-    """The same events; the last one has the id."""
-    return [*events[:-1], *(b"id: %b\n%b" % (id.encode(), event) for event in events[-1:])]
-
-
-async def _is_set_in(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for an event for so many seconds, and say whether it was set."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

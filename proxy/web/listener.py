@@ -45,9 +45,9 @@ from proxy.config.loader import ConnectionLimits
 from proxy.errors import BadFraming, ClientLeft, InternalError, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
 from proxy.identity.client_address import shared_address
-from proxy.upstreams.headers import SERVER_NAME
+from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME, header_lines
 from proxy.upstreams.network import keep_alive
-from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, REQUEST_ID, Handler, error_response
+from proxy.web.middleware import IS_OUTSIDE_PREFIX, LOG_LINE, PREFIX, Handler, error_response
 from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
@@ -228,27 +228,23 @@ class _Connections(web.Server):
         self._all_places = _Places(limits.connections)
         # An address is forgotten with its last connection.
         self._places_of: WeakValueDictionary[str, _Places] = WeakValueDictionary()
-        self._open: set[Connection] = set()
         self._all_closed = asyncio.Event()
         self.is_closing = False
 
-    def opened(self, connection: "Connection") -> None:
-        """The connection was accepted."""
-        self._open.add(connection)
-        self._all_closed.clear()
-
-    def closed(self, connection: "Connection") -> None:
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         """The connection is closed, and its client has got what was written."""
-        self._open.discard(connection)
-        if not self._open:
+        super().connection_lost(handler, exc)
+        if not self._connections:
             self._all_closed.set()
 
     async def all_answered(self) -> None:
         """Close idle connections now, and the others after their answers. Ends when all are closed."""
         self.is_closing = True
-        for connection in list(self._open):
+        self._all_closed.clear()
+        for connection in self.connections:
+            assert isinstance(connection, Connection), "made by __call__"
             connection.close_if_idle()
-        if self._open:
+        if self._connections:
             await self._all_closed.wait()
 
     def places_for(self, transport: asyncio.BaseTransport) -> tuple[_Places, ...]:
@@ -257,10 +253,7 @@ class _Connections(web.Server):
         address = None if limit is None else _address_of(transport.get_extra_info("peername"))
         if limit is None or address is None:
             return (self._all_places,)
-        places = self._places_of.get(address)
-        if places is None:
-            places = self._places_of[address] = _Places(limit)
-        return (places, self._all_places)
+        return (self._places_of.setdefault(address, _Places(limit)), self._all_places)
 
     @property
     def has_many_rejected(self) -> bool:
@@ -268,7 +261,7 @@ class _Connections(web.Server):
         return len(self._connections) - len(self._all_places) > _REJECTED_MAX
 
     def __call__(self) -> web.RequestHandler:
-        return Connection(self, self.limits, loop=self._loop, **self._kwargs)
+        return Connection(self, loop=self._loop, **self._kwargs)
 
 
 def _address_of(peername: Any) -> str | None:
@@ -287,16 +280,15 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *("_connections", "_limits", "_places", "_transport"),
+        *("_connections", "_places", "_transport"),
         *("_answers", "has_key", "on_lost"),
         *("_head_bytes", "_head_deadline"),
         *("_reading_deadline", "_unread_bytes"),
     )
 
-    def __init__(self, connections: _Connections, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(self, connections: _Connections, **kwargs: Any) -> None:
         super().__init__(connections, **kwargs)
         self._connections = connections
-        self._limits = limits
         self._places: tuple[_Places, ...] = ()
         # The library forgets its `transport` when it closes the connection, also while data waits to be read.
         self._transport: asyncio.Transport | None = None
@@ -312,7 +304,6 @@ class Connection(web.RequestHandler):
         """Accept the connection, or reject it if there are too many and none is idle."""
         super().connection_made(transport)
         self._transport = self.transport
-        self._connections.opened(self)
         keep_alive(transport.get_extra_info("socket"))
         places = self._connections.places_for(transport)
         if all(each.make_room() for each in places):
@@ -324,10 +315,9 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection was closed. Tell the handler, or cancel it, also while nothing is being written."""
-        self._connections.closed(self)
         self._leave()
-        self._stop_watching()
         self._transport = None
+        self._watch_reading()  # which stops
         # Taken from the library, which would count the connection as open until the handler has ended.
         handler, self._task_handler = self._task_handler, None
         super().connection_lost(exc)
@@ -345,12 +335,6 @@ class Connection(web.RequestHandler):
     def keeps_its_place(self) -> bool:
         """Whether there was more than the first request, which may have a key that was not looked at yet."""
         return bool(self._answers) or bool(self._messages) or self.has_unread_answer
-
-    def note_valid_key(self) -> None:
-        """The request that is being handled has a valid key."""
-        self.has_key = True
-        for places in self._places:
-            places.note_with_key(self)
 
     def evict(self) -> None:
         """Close the connection at once, because its place is needed. What the client has not read is lost."""
@@ -388,7 +372,7 @@ class Connection(web.RequestHandler):
         requests = self._request_count
         super().data_received(data)
         if self._request_count != requests:
-            self._note_busy()
+            self.note_busy()
         if self._request_count != requests or self._messages or (self._waiter is None and self._request_count):
             if self._head_deadline is not None:
                 self._end_head()
@@ -397,7 +381,7 @@ class Connection(web.RequestHandler):
         if self._head_bytes > _HEAD_BYTES_MAX:
             self._reject(BadFraming(_BAD_HEAD))
         elif self._head_deadline is None:
-            self._head_deadline = self._loop.call_later(self._limits.head_s, self._on_head_deadline)
+            self._head_deadline = self._loop.call_later(self._connections.limits.head_s, self._on_head_deadline)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -409,7 +393,7 @@ class Connection(web.RequestHandler):
         if (line is None or not line.is_identified) and not self.has_unread_answer:
             self.has_key = False
         if self._messages:
-            self._note_busy()
+            self.note_busy()
         else:
             for places in self._places:
                 places.note_idle(self)
@@ -418,7 +402,7 @@ class Connection(web.RequestHandler):
             self.close()
         return finished
 
-    def _note_busy(self) -> None:
+    def note_busy(self) -> None:
         """A request is being handled, or waits to be."""
         for places in self._places:
             if self.has_key:
@@ -450,13 +434,10 @@ class Connection(web.RequestHandler):
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("a request failed", exc_info=exc)
             error = InternalError()
-        if request.get(LOG_LINE) is not None:  # a middleware writes the line
-            response = error_response(error, request)
-        else:
+        if request.get(LOG_LINE) is None:  # else a middleware writes the line
             line = request[LOG_LINE] = self._new_line(error)
-            request[REQUEST_ID] = line.request_id
-            response = error_response(error, request)
             self._connections.request_log.write(line, error.status)
+        response = error_response(error, request)
         response.force_close()
         return response
 
@@ -475,7 +456,7 @@ class Connection(web.RequestHandler):
             self._head_deadline = None
 
     def _on_head_deadline(self) -> None:
-        self._reject(TooSlow(f"The request's head took longer than {self._limits.head_s:g} seconds."))
+        self._reject(TooSlow(f"The request's head took longer than {self._connections.limits.head_s:g} seconds."))
 
     def _watch_reading(self) -> None:
         """From now on, give the client `unread_s` seconds to read what waits for it, if anything does.
@@ -484,15 +465,11 @@ class Connection(web.RequestHandler):
         connection. A client that never reads would keep its place forever.
         """
         if self._reading_deadline is not None:
-            self._stop_watching()
-        if self._transport is not None and (unread := self._transport.get_write_buffer_size()):
-            self._unread_bytes = unread
-            self._reading_deadline = self._loop.call_later(self._limits.unread_s, self._on_reading_deadline)
-
-    def _stop_watching(self) -> None:
-        if self._reading_deadline is not None:
             self._reading_deadline.cancel()
             self._reading_deadline = None
+        if self._transport is not None and (unread := self._transport.get_write_buffer_size()):
+            self._unread_bytes, unread_s = unread, self._connections.limits.unread_s
+            self._reading_deadline = self._loop.call_later(unread_s, self._on_reading_deadline)
 
     def _on_reading_deadline(self) -> None:
         """Abort the connection, unless the client is reading or an answer is still being written."""
@@ -534,7 +511,8 @@ def note_valid_key(request: web.Request) -> None:
     connection = request.protocol
     # One with a valid key noted the request when its head came. It is None if the client has left.
     if isinstance(connection, Connection) and not connection.has_key:
-        connection.note_valid_key()
+        connection.has_key = True
+        connection.note_busy()
 
 
 def when_lost(request: web.Request, notify: Callable[[], object] | None) -> None:
@@ -546,15 +524,6 @@ def when_lost(request: web.Request, notify: Callable[[], object] | None) -> None
 def _as_bytes(error: ProxyError, id: str) -> bytes:
     """The whole HTTP response for an error, for a connection without a request."""
     body = dump(error.body())
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "cache-control": "no-store",
-        "connection": "close",
-        "x-request-id": id,
-        "server": SERVER_NAME,
-        **error.headers,
-    }
-    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    own = {"content-length": str(len(body)), "connection": "close", "x-request-id": id, "server": SERVER_NAME}
+    head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
+    return b"".join((head, header_lines({**JSON_HEADERS, **own, **error.headers}), b"\r\n", body))

@@ -27,9 +27,7 @@ from proxy.web.response import whole_answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# The id that the proxy gives to a request; routes.py sets it before any other step.
-REQUEST_ID = web.RequestKey("request_id", str)
-# What the log will say of a request, set at the same place.
+# What the log will say of a request, with the id that the proxy gives to it. It is set before any other step.
 LOG_LINE = web.RequestKey("log_line", LogLine)
 # Set by the listener: `server.prefix`, if the path began with it, and that it did not.
 PREFIX = web.RequestKey("prefix", str)
@@ -83,7 +81,7 @@ def response_to(error: Exception, request: web.Request) -> web.StreamResponse:
         case web.HTTPNotFound() | web.HTTPMethodNotAllowed():
             response = error_response(_not_served(request), request)
         case _:
-            log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
+            log.error("a request failed", exc_info=error, request=request[LOG_LINE].request_id)
             response = error_response(InternalError(), request)
     drop_frames(error)
     return response
@@ -100,25 +98,22 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 
 
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.StreamResponse:
-    """The response for an error, with the request's id if it has one."""
+    """The response for an error, which the request's line in the log will name."""
+    line = request[LOG_LINE]
+    line.error = error
     # `add_server_name` is not called for what the listener answers by itself.
-    headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
-    id, line = request.get(REQUEST_ID), request.get(LOG_LINE)
-    if id is not None:
-        headers["x-request-id"] = id
-    if line is not None:
-        line.error = error
+    headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers, "x-request-id": line.request_id}
     body = error.body()
     if is_messages_path(request.path):
         # Anthropic's SDK reads the id from `request-id`, OpenAI's from `x-request-id`.
-        headers |= {} if id is None else {"request-id": id}
-        body = messages.error_body(error, id)
+        headers["request-id"] = line.request_id
+        body = messages.error_body(error, line.request_id)
     return whole_answer(request, error.status, headers, dump(body))
 
 
 def json_response(value: object, request: web.Request) -> web.StreamResponse:
     """A JSON body with status 200."""
-    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID]}
+    headers = {**JSON_HEADERS, "x-request-id": request[LOG_LINE].request_id}
     return whole_answer(request, HTTPStatus.OK, headers, dump(value))
 
 

@@ -82,12 +82,7 @@ class WebResponder:
     task: asyncio.Task[Any]
 
     def __init__(
-        self,
-        request: web.Request,
-        line: LogLine,
-        *,
-        write_s: float = _WRITE_S,
-        heartbeat_s: float = _HEARTBEAT_S,
+        self, request: web.Request, line: LogLine, *, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
     ) -> None:
         self.id = line.request_id
         self.line = line

@@ -13,7 +13,9 @@ goes on or stops as the policy says (see `calls.disconnect`).
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 from aiohttp import hdrs, web
@@ -45,7 +47,7 @@ from proxy.formats.endpoints import (
     closed,
     known_beginning,
 )
-from proxy.formats.request import parse_form_request, parse_request
+from proxy.formats.request import Request, parse_form_request, parse_request
 from proxy.formats.strict_json import reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.identity.client_address import client_address
@@ -62,7 +64,6 @@ from proxy.web.listener import note_valid_key, when_lost
 from proxy.web.middleware import (
     IS_OUTSIDE_PREFIX,
     LOG_LINE,
-    REQUEST_ID,
     Handler,
     add_server_name,
     json_response,
@@ -78,32 +79,24 @@ from proxy.web.self_service import SelfService, can_name
 log = structlog.get_logger("routes")
 
 
+@dataclass(slots=True)
 class _Running:
     """A request whose caller is identified. `call` is the task of its call, once that runs."""
 
-    __slots__ = ("call", "line", "request")
-
-    def __init__(self, request: web.Request, line: LogLine) -> None:
-        self.request = request
-        self.line = line
-        self.call: asyncio.Task[object] | None = None
+    request: web.Request
+    line: LogLine
+    call: asyncio.Task[object] | None = None
 
 
-class _Metered:
+class _Metered(NamedTuple):
     """A path of a metered call, as the router would find it: `match` is its result, which all requests share.
 
     `shown` is the path as the log shows it until its caller is identified.
     """
 
-    __slots__ = ("handler", "match", "shown")
-
-    def __init__(self, route: web.AbstractRoute, handler: Handler, application: web.Application) -> None:
-        self.handler = handler
-        self.match = web.UrlMappingMatchInfo({}, route)
-        self.match.add_app(application)
-        self.match.freeze()
-        assert route.resource is not None
-        self.shown = f"{hdrs.METH_POST} {route.resource.canonical}"
+    handler: Handler
+    match: web.UrlMappingMatchInfo
+    shown: str
 
 
 class Api:
@@ -150,12 +143,13 @@ class Api:
         answer. If it tries again it gets a 401.
         """
         users = {user.subject for user in cuts.users}
-        chosen = []
-        for id, running in self._running.items():
-            caller = running.line.caller
+
+        def is_cut(running: _Running) -> bool:
+            caller, id = running.line.caller, running.line.request_id
             assert caller is not None, "identified before it is one of these"
-            if caller.key.id in cuts.key_ids or caller.user in users or id in cuts.call_ids:
-                chosen.append(running)
+            return caller.key.id in cuts.key_ids or caller.user in users or id in cuts.call_ids
+
+        chosen = list(filter(is_cut, self._running.values()))
         for running in chosen:
             if running.call is None:
                 _cut_connection(running.request)
@@ -178,7 +172,10 @@ class Api:
             handler = partial(self._metered_call, endpoint)
             for path in (*(prefix + endpoint.path for prefix in PREFIXES), *endpoint.aliases):
                 route = application.router.add_post(path, handler, expect_handler=defer_continue)
-                self._metered[path] = _Metered(route, handler, application)
+                match = web.UrlMappingMatchInfo({}, route)
+                match.add_app(application)
+                match.freeze()
+                self._metered[path] = _Metered(handler, match, shown=f"{hdrs.METH_POST} {path}")
             if endpoint.has_deployments:
                 # `.+` also matches slashes, which are in the names of OpenRouter's models.
                 path = "/openai/deployments/{deployment:.+}" + endpoint.path
@@ -208,38 +205,40 @@ class Api:
 
     @web.middleware
     async def _answer_other(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer a request whose path the router has found, or has not found."""
-        shown, is_served = _shown(request), _is_served(request)
-        return await self._answer_request(request, handler, shown=shown, is_served=is_served)
+        """Answer a request whose path the router has found, or has not found.
+
+        The log shows its method and path with nothing that a client chose: `GET /v1/responses/{id}`.
+        """
+        route = request.match_info.route
+        resource = None if route.handler is _other_path else route.resource
+        method = request.method if request.method in hdrs.METH_ALL else "…"
+        path = known_beginning(request.rel_url.raw_path) if resource is None else resource.canonical
+        return await self._answer_request(request, handler, shown=f"{method} {path}", is_served=resource is not None)
 
     async def _answer_request(
         self, request: web.Request, handler: Handler, *, shown: str, is_served: bool
     ) -> web.StreamResponse:
         """Answer a request, also if it has an error, and log it. Every request passes here."""
         address = client_address(request.remote, request.headers, self._trusted_proxies)
-        line = self._request_log.begin(shown, address=address, headers=request.headers)
+        line = request[LOG_LINE] = self._request_log.begin(shown, address=address, headers=request.headers)
         line.is_served = is_served
-        request[LOG_LINE] = line
-        request[REQUEST_ID] = line.request_id
-        status = None
+        response: web.StreamResponse | None = None
         try:
-            try:
-                response: web.StreamResponse | None = None
-                if request.method == hdrs.METH_OPTIONS:
-                    response = self._cors.answer_preflight(request)
-                if response is None:
-                    self._check(request)
-                    response = await handler(request)
-            except Exception as error:  # noqa: BLE001 - `response_to` logs those that are no answers of ours
-                response = response_to(error, request)
-            status = response.status
-            return response
+            if request.method == hdrs.METH_OPTIONS:
+                response = self._cors.answer_preflight(request)
+            if response is None:
+                self._check(request)
+                response = await handler(request)
+        except Exception as error:  # noqa: BLE001 - `response_to` logs those that are no answers of ours
+            response = response_to(error, request)
         finally:
             if not line.is_call:
+                status = None if response is None else response.status
                 if request.path not in HEALTH_PATHS and not self._page.has_served(request, status):
                     await self._note_caller(request, line)
                     self._request_log.write(line, status or line.sent_status or ClientLeft.status)
                 self._running.pop(line.request_id, None)  # that of a call ends with the call
+        return response
 
     def _check(self, request: web.Request) -> None:
         """Check what has to be right of every request. Raises BadFraming, NotServed and NoUpgrade."""
@@ -313,38 +312,34 @@ class Api:
         deployment = request.match_info.get("deployment")
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
         share = BodyShare(self._memory, caller.user, check_large)
-        if endpoint.form is not None:
-            # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
-            # path: here until the call is prepared, then by `_run_call`.
-            spool = Spool()
-            try:
-                form = await read_form(request, spool, self._limits, share)
-                parsed = parse_form_request(endpoint, form, deployment=deployment)
-                line.model = logged_name(parsed.model, caller=caller, snapshot=snapshot, lists=self._model_lists)
-                line.stream = parsed.stream
-                call = prepare_call(parsed, caller, snapshot, client, spool=spool)
-            except BaseException:
-                spool.close()
-                raise
-            return await self._answer(call, client, renew, request)
-        # The same holds for the share of the memory for bodies. The call gives it back when its body is freed.
+        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed and the share
+        # freed on every path: here until the call is prepared, then by `_answer`.
+        spool = None if endpoint.form is None else Spool()
         try:
-            body = await read_body(request, self._limits, share)
-            cost = reading_cost(body)
+            if spool is None:
+                body = await read_body(request, self._limits, share)
+                cost = reading_cost(body)
+                parse = partial(parse_request, endpoint, body, deployment=deployment, cost=cost)
+                del body
+            else:
+                form, cost = await read_form(request, spool, self._limits, share), 0
+                parse = partial(parse_form_request, endpoint, form, deployment=deployment)
 
-            def prepare() -> Call:
-                parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
+            def prepare(parse: Callable[[], Request]) -> Call:
+                parsed = parse()
                 line.model = logged_name(parsed.model, caller=caller, snapshot=snapshot, lists=self._model_lists)
                 line.stream = parsed.stream
-                return prepare_call(parsed, caller, snapshot, client)
+                return prepare_call(parsed, caller, snapshot, client, spool=spool)
 
-            call = await self._relay.threads.run(prepare, cost=cost)
-            body = b""  # only its parsed values are needed from here on
+            call = await self._relay.threads.run(prepare, parse, cost=cost)
+            del parse  # which has the body: only its parsed values are needed from here on
             call = await self._stored_responses.with_previous(call)
             if share.size:
                 call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
         except BaseException:
             share.free()
+            if spool is not None:
+                spool.close()
             raise
         return await self._answer(call, client, renew, request)
 
@@ -434,21 +429,6 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
     if row is not None:
         raise NotAllowed(f"{request.method} {row.pattern} is not available on this proxy: {row.reason}.")
     return await not_served(request)
-
-
-def _shown(request: web.Request) -> str:
-    """The method and the path for the log, with nothing that a client chose: `GET /v1/responses/{id}`."""
-    method = request.method if request.method in hdrs.METH_ALL else "…"
-    resource = request.match_info.route.resource
-    if resource is None or not _is_served(request):
-        return f"{method} {known_beginning(request.rel_url.raw_path)}"
-    return f"{method} {resource.canonical}"
-
-
-def _is_served(request: web.Request) -> bool:
-    """Whether there is a handler for the path, other than the one for all other paths."""
-    route = request.match_info.route
-    return route.resource is not None and route.handler is not _other_path
 
 
 def _is_anthropic(request: web.Request) -> bool:

@@ -46,10 +46,15 @@ class SelfService:
             web.get(f"{prefix}/quota/events", self._stream, allow_head=False),
         ]
 
-    async def _quota(self, request: web.Request) -> web.StreamResponse:
+    async def _served(self, request: web.Request) -> tuple[Snapshot, Caller]:
+        """What is in force, and who is asking. Raises NotServed if users may not see this."""
         snapshot, caller = await self._identify(request)
         if not snapshot.policy.self_service:
-            return await not_served(request)
+            await not_served(request)
+        return snapshot, caller
+
+    async def _quota(self, request: web.Request) -> web.StreamResponse:
+        snapshot, caller = await self._served(request)
         policy = snapshot.policy
         binding = policy.all_quotas(caller.groups).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
@@ -68,22 +73,21 @@ class SelfService:
         )
 
     async def _usage(self, request: web.Request) -> web.StreamResponse:
-        snapshot, caller = await self._identify(request)
-        if not snapshot.policy.self_service:
-            return await not_served(request)
+        _, caller = await self._served(request)
         by, since = request.query.get("by", "day"), _since(request.query.get("since", "30d"), self._now())
         if by not in _DIMENSIONS:
             raise InvalidRequest("`by` must be day or model.", param="by")
         async with self._ledger.read() as connection:
             found = await usage(connection, _DIMENSIONS[by], Asked(since, where={"user": caller.user}))
-        data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=by_time_or_tokens)]
+        data = [
+            {by: _day(value) if isinstance(value, int) else value, **asdict(used)}
+            for value, used in sorted(found.items(), key=by_time_or_tokens)
+        ]
         return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         """The states of the caller's own counters, and of those that its groups share, as they change."""
-        snapshot, caller = await self._identify(request)
-        if not snapshot.policy.self_service:
-            return await not_served(request)
+        snapshot, caller = await self._served(request)
         sees = _own(snapshot, caller)
 
         async def sees_now() -> Filter | None:
@@ -150,10 +154,6 @@ def _since(text: str, now: int) -> int:
         raise InvalidRequest(
             "`since` must be a number of days such as 30d, or a day such as 2026-11-01.", param="since"
         ) from None
-
-
-def _value(value: str | int) -> str:
-    return _day(value) if isinstance(value, int) else value
 
 
 def _day(at: int) -> str:

@@ -24,7 +24,8 @@ from proxy.policy.windows import Window
 from proxy.web import events as module
 from proxy.web.events import LINGER_MS, Bounds, Events, Filter
 from proxy.web.exchange import Exchange
-from tests.builders import HOUR, NOON, amount, binding, quota
+from proxy.web.middleware import LOG_LINE
+from tests.builders import HOUR, NOON, amount, binding, log_line, quota
 from tests.calls.test_activity import Process, refuse
 from tests.events import Reader
 from tests.stage import stage
@@ -53,16 +54,20 @@ class Proxy:
             bounds=bounds,
         )
         self.sees = EVERYTHING
-        self.check: Callable[[], Awaitable[Filter | None]] | None = None
+        self.check: Callable[[], Awaitable[Filter | None]] = self._see
         self.ended = asyncio.Event()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        request[LOG_LINE] = log_line()
         try:
             return await self.events.stream(request, self.sees, check=self.check)
         except TooManyStreams:
             return web.Response(status=503)
         finally:
             self.ended.set()
+
+    async def _see(self) -> Filter | None:
+        return self.sees
 
     def use(self, user: str, tokens: int, *, at: Any = DAILY) -> None:
         """A counter of this user has another state."""
@@ -173,11 +178,11 @@ async def test_events_are_not_kept_for_nobody() -> None:
         await proxy.ended.wait()
         proxy.process.now += LINGER_MS - 1
         proxy.events.tick()
-        assert proxy.events.is_watched and proxy.events.size[0] == 1
+        assert proxy.events.is_watched and len(proxy.events._ring) == 1
         proxy.process.now += 1
         proxy.events.tick()
         assert not proxy.events.is_watched and not proxy.process.activity.is_watched
-        assert proxy.events.size == (0, 0)
+        assert (proxy.events._ring, proxy.events._bytes) == ([], 0)
         proxy.use("ann", 2)
         proxy.events.tick()
         assert (await (await open_("one:1")).next())[0] == "snapshot"
@@ -261,7 +266,7 @@ async def test_a_client_that_does_not_read_is_disconnected_and_holds_no_memory()
                 proxy.use(f"user-{user}", tokens)
             for _ in range(20_000 // COUNTERS_AT_ONCE):
                 proxy.events.tick()
-                assert proxy.events.size[1] <= bounds.bytes
+                assert proxy.events._bytes <= bounds.bytes
                 while reader.last_id != f"one:{proxy.events._number}":  # noqa: ASYNC110 - nothing else is awaited
                     await asyncio.sleep(0)
         await reading
@@ -320,7 +325,7 @@ async def test_two_thousand_calls_a_second() -> None:
                     proxy.process.end(f"req_{tick}_{number}", 15)
             proxy.process.now += 200
             proxy.events.tick()
-            assert proxy.events.size[1] <= 2_000_000
+            assert proxy.events._bytes <= 2_000_000
             calls, counters = await reader.until("calls"), await reader.until("counters")
             assert len(calls["begun"]) == len(calls["ended"]) == DETAILS_MAX
             begun += len(calls["begun"]) + calls["begun_more"]
@@ -631,7 +636,7 @@ async def test_what_waits_between_processes_is_bounded(monkeypatch: pytest.Monke
     assert [part.batch.is_incomplete for part in one.events._incoming] == [False, False, True]
     assert [change.target for change in one.events._changes] == ["2", "3", "4"]
     one.events.tick()
-    assert one.events.size == (0, 0)  # so that everybody gets a snapshot
+    assert (one.events._ring, one.events._bytes) == ([], 0)  # so that everybody gets a snapshot
     two = Replica(None, "two")
     two.events.is_watched_elsewhere = two.process.activity.is_watched = True
     for number in range(5):

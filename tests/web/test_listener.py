@@ -748,6 +748,11 @@ INTERNALS = {
     (web.Server, "_kwargs"): "the other arguments of the constructor, which __call__ passes to RequestHandler",
     (web.Server, "_loop"): "the event loop, which __call__ passes to RequestHandler",
     (web.Server, "_connections"): "has an item for each open connection, which connection_made adds",
+    (web.Server, "connections"): "lists these items",
+    (
+        web.Server,
+        "connection_lost",
+    ): "is called by that of RequestHandler; removes the item if no task handles requests",
     (web.Server, "__call__"): "creates the RequestHandler of each new connection, and does nothing else",
     (web.RequestHandler, "connection_made"): "is called once, before any data; adds the connection to the server",
     (web.RequestHandler, "connection_lost"): "is called once, at the end; removes the connection from the server",
@@ -790,13 +795,13 @@ ADDED = {
     web.AppRunner: ["_limits", "_prefix", "_request_log", "_serve", "all_answered", "stop_accepting"],
     web.Server: [
         *("limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"),
-        *("opened", "closed", "all_answered", "is_closing", "_open", "_all_closed"),
+        *("all_answered", "is_closing", "_all_closed"),
     ],
     web.RequestHandler: [
         *listener.Connection.__slots__,
-        *("has_unread_answer", "keeps_its_place", "note_valid_key", "evict", "_leave", "_reject", "_note_busy"),
+        *("has_unread_answer", "keeps_its_place", "evict", "_leave", "_reject", "note_busy"),
         *("_new_line", "close_if_idle"),
-        *("_end_head", "_on_head_deadline", "_watch_reading", "_stop_watching", "_on_reading_deadline"),
+        *("_end_head", "_on_head_deadline", "_watch_reading", "_on_reading_deadline"),
     ],
 }
 SUBCLASSES = {

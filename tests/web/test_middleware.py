@@ -14,9 +14,10 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
-from proxy.errors import BodyTooLarge, LedgerUnavailable, ProxyError
-from proxy.web.middleware import REQUEST_ID, response_to
+from proxy.errors import BodyTooLarge, LedgerUnavailable
+from proxy.web.middleware import LOG_LINE, response_to
 from tests.bare_client import KEY, bare_client, get, post
+from tests.builders import log_line
 from tests.stage import Stage, key_of, stage
 
 CHAT = "/v1/chat/completions"
@@ -161,7 +162,7 @@ async def test_pipelined_requests_are_authenticated_one_by_one(tmp_path: Path) -
 
 def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]:
     request = make_mocked_request("POST", "/v1/x")
-    request[REQUEST_ID] = "req_1"
+    request[LOG_LINE] = log_line()
     response = response_to(error, request)
     assert isinstance(response.body, bytes)
     return response, json.loads(response.body)["error"]
@@ -194,22 +195,15 @@ def test_an_unexpected_exception_is_a_500_without_its_text() -> None:
     assert "secret detail" in str(logged)
 
 
-def test_an_error_without_an_id_has_no_header_for_it() -> None:
-    """The listener itself refuses some requests before they have one."""
-    assert "x-request-id" not in response_to(ProxyError("no"), make_mocked_request("GET", "/x")).headers
-
-
 def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
     """The id is in the header that Anthropic's SDK reads, and in the body."""
     request = make_mocked_request("POST", "/v1/messages/x")
-    without_id = response_to(LedgerUnavailable(), request)
-    request[REQUEST_ID] = "req_1"
+    request[LOG_LINE] = log_line()
     response = response_to(LedgerUnavailable(), request)
     assert isinstance(response.body, bytes)
     body = json.loads(response.body)
     assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "overloaded_error", "req_1")
     assert (response.headers["request-id"], response.headers["retry-after"]) == ("req_1", "5")
-    assert "request-id" not in without_id.headers
 
 
 async def test_no_answer_names_the_library_or_python(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ async def test_the_stream_ends_when_self_service_is_turned_off(
 async def test_one_user_has_only_so_many_streams(tmp_path: Path) -> None:
     """Others, and administrators, still get theirs."""
     async with stage(STAFF + ADMINS, folder=tmp_path) as on:
-        readers = [await watch_own(on) for _ in range(events.STREAMS_OF_USER_MAX)]
+        readers = [await watch_own(on) for _ in range(Bounds().streams_of_user)]
         refused = await on.get(EVENTS)
         assert (refused.status, refused.error["code"]) == (503, "too_many_streams")
         await watch_own(on, "bob")

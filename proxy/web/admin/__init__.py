@@ -11,9 +11,9 @@ What the package promises:
 
 What it never does: it changes nothing by itself. Each change is a function of `administration`.
 
-Begin with `operations`: a resource is a class with handlers and a row for each of them. `application` puts the
-listener together, `access` says who is asking (`failures` slows down who guesses), `problems` writes the errors, and
-`openapi` the document. The resources: `session`, `directory` (users, keys), `admin_keys`, `quotas` (groups, quotas,
-grants), `counters` (and attention, refusals, calls in flight, explanations), `reports` (usage, models, upstreams,
-replicas, the policy in force, the audit log, events) with `policy_check`.
+Begin with `operations`: a resource is a class with handlers and a row for each of them, and `resource` its base.
+`application` puts the listener together, `access` says who is asking (`failures` slows down who guesses), `problems`
+writes the errors, and `openapi` the document. The resources: `session`, `directory` (users, keys), `admin_keys`,
+`quotas` (groups, quotas, grants), `counters` (and attention, refusals, calls in flight, explanations), `reports`
+(usage, models, upstreams, replicas, the policy in force, the audit log, events) with `policy_check`.
 """

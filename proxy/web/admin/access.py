@@ -16,7 +16,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
@@ -27,6 +26,7 @@ from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.errors import InvalidKey
 from proxy.identity.admins import AdminDatabase
 from proxy.identity.authentication import Snapshot
+from proxy.identity.client_address import parse_address
 from proxy.identity.keys import KEY_HEADERS, KEY_PATTERN, PREFIX, id_of, presented_key
 from proxy.metrics import Metrics
 from proxy.policy.admin import Admin
@@ -61,19 +61,6 @@ class Login:
     admin: Admin
     expires_at: int | None = None
 
-    @property
-    def is_session(self) -> bool:
-        """Whether the cookie of a login says so."""
-        return self.expires_at is not None
-
-
-@dataclass(frozen=True, slots=True)
-class NewSession:
-    """A login that has just begun. `cookie` is the value of `Set-Cookie`."""
-
-    login: Login
-    cookie: str
-
 
 class Access:
     """Identifies admins. `now` gives ms since 1970, and `clock` seconds that only grow."""
@@ -107,7 +94,7 @@ class Access:
         browser. But its name is in `Host`.
         """
         host = host_of(request)
-        if host in self._names or _is_ip(host):
+        if host in self._names or parse_address(host) is not None:
             return
         raise Problem(
             "wrong-host",
@@ -158,8 +145,7 @@ class Access:
 
     async def identify(self, request: web.Request) -> Login:
         """Who is asking. Raises InvalidKey, Problem and StoreUnavailable."""
-        self.check_url(request, is_known=False)
-        await self._check_open()
+        await self._check_open(request)
         if _has_key(request) or COOKIE not in request.headers.get(hdrs.COOKIE, ""):
             admin, _, _ = await self._by_key(request, presented_key(request.headers))
             login = Login(admin)
@@ -169,10 +155,12 @@ class Access:
         self.check_url(request, is_known=True)
         return login
 
-    async def log_in(self, request: web.Request, key: str | None) -> NewSession:
-        """Begin a login with the key in the header, or with one from the body. Raises as `identify` does."""
-        self.check_url(request, is_known=False)
-        await self._check_open()
+    async def log_in(self, request: web.Request, key: str | None) -> tuple[Login, str]:
+        """Begin a login with the key in the header, or with one from the body. Raises as `identify` does.
+
+        Returns the login, and the `Set-Cookie` that begins it.
+        """
+        await self._check_open(request)
         if key is None or _has_key(request):
             key = presented_key(request.headers)
         else:
@@ -185,7 +173,7 @@ class Access:
             await self._database.begin_session(digest(token), key_digest=key_digest, expires_at=expires_at)
         login = Login(admin, expires_at)
         self._note(request, login)
-        return NewSession(login, self._cookie(token, (expires_at - self._now()) // 1000))
+        return login, self._cookie(token, (expires_at - self._now()) // 1000)
 
     async def log_out(self, request: web.Request) -> str:
         """End the login of this request, if it has one. Returns the `Set-Cookie` that removes the cookie."""
@@ -195,13 +183,14 @@ class Access:
                 await self._database.end_session(digest(token))
         return self._cookie("", 0)
 
-    async def _check_open(self) -> None:
-        if not self._policies.current.admin_keys and not await self._has_made_keys():
-            raise Problem("closed", _CLOSED)
-
-    async def _has_made_keys(self) -> bool:
+    async def _check_open(self, request: web.Request) -> None:
+        """Raise Problem if there is no admin key yet, or one is in the URL."""
+        self.check_url(request, is_known=False)
+        if self._policies.current.admin_keys:
+            return
         async with self._lookup():
-            return await self._database.has_keys()
+            if not await self._database.has_keys():
+                raise Problem("closed", _CLOSED)
 
     async def _by_key(self, request: web.Request, key: str) -> tuple[Admin, str, int | None]:
         """Whose key this is, its digest, and when it expires (ms)."""
@@ -272,14 +261,6 @@ def host_of(request: web.Request) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].removesuffix(".")
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _has_key(request: web.Request) -> bool:

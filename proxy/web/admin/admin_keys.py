@@ -1,15 +1,11 @@
 """Admin keys that are made at run time: `/admin/api/admin-keys`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
 from proxy.administration.admin_keys import AdminKeyAdministration, AdminKeyRecord
-from proxy.config.reload import Policies
-from proxy.identity.authentication import Snapshot
-from proxy.identity.database import DirectoryDatabase
 from proxy.policy.admin import GRANT_UP_TO, Admin, Role
 from proxy.web.admin.operations import (
     AdminRequest,
@@ -21,9 +17,11 @@ from proxy.web.admin.operations import (
     NoQuery,
     Operation,
     PageQuery,
-    changes,
+    creates,
+    edits,
     reads,
 )
+from proxy.web.admin.resource import Resource
 
 
 class NewAdminKey(Fields):
@@ -47,37 +45,22 @@ class AdminKeyList:
     file: tuple[Admin, ...]
 
 
-class AdminKeys:
-    """Makes, lists and revokes admin keys. `now` gives ms since 1970."""
-
-    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
-        self._policies = policies
-        self._database = database
-        self._now = now
+class AdminKeys(Resource):
+    """Makes, lists and revokes admin keys."""
 
     def operations(self) -> list[Operation]:
         """The rows."""
-        one = "/admin-keys/{id}"
+        path, one = "/admin-keys", "/admin-keys/{id}"
         return [
-            reads("/admin-keys", self._list, "List admin keys.", AdminKeyList, query=PageQuery),
-            changes(
-                "POST",
-                "/admin-keys",
-                self._create,
-                "Make an admin key. It is shown once.",
-                NewKeyAnswer,
-                body=NewAdminKey,
-                status=201,
-                is_repeatable=True,
-            ),
-            reads(one, self._show, "Show an admin key.", AdminKeyRecord),
-            changes("POST", f"{one}/revoke", self._revoke, "Revoke an admin key.", AdminKeyRecord, needs_match=True),
+            reads(path, self._list, "List admin keys."),
+            creates(path, self._create, "Make an admin key. It is shown once."),
+            reads(one, self._show, "Show an admin key."),
+            edits("POST", f"{one}/revoke", self._revoke, "Revoke an admin key."),
         ]
 
     def _administration(self, request: AdminRequest[Any, Any]) -> AdminKeyAdministration:
         snapshot = self._policies.current
-        made = request.changes(self._database, self._now)
-        return AdminKeyAdministration(made, snapshot.admin_keys, tuple(snapshot.policy.groups))
+        return AdminKeyAdministration(self._changes(request), snapshot.admin_keys, tuple(snapshot.policy.groups))
 
     async def _list(self, request: AdminRequest[PageQuery, None]) -> AdminKeyList:
         page = await self._administration(request).keys(request.query.paging)
@@ -88,12 +71,10 @@ class AdminKeys:
         admin = Admin(body.name, body.role, body.groups, body.grant_up_to)
         return NewKeyAnswer.of(await self._administration(request).create(admin, expires_at=body.expires_at), request)
 
-    async def _show(self, request: AdminRequest[NoQuery, None]) -> Answer:
-        return _answer(await self._administration(request).key(request.path["id"]))
+    async def _show(self, request: AdminRequest[NoQuery, None]) -> Answer[AdminKeyRecord]:
+        record = await self._administration(request).key(request.path["id"])
+        return Answer(record, etag=record.etag)
 
-    async def _revoke(self, request: AdminRequest[ChangeQuery, None]) -> Answer:
-        return _answer(await self._administration(request).revoke(request.path["id"]))
-
-
-def _answer(record: AdminKeyRecord) -> Answer:
-    return Answer(record, etag=record.etag)
+    async def _revoke(self, request: AdminRequest[ChangeQuery, None]) -> Answer[AdminKeyRecord]:
+        record = await self._administration(request).revoke(request.path["id"])
+        return Answer(record, etag=record.etag)

@@ -14,7 +14,7 @@ from proxy.web.admin.openapi import document
 from proxy.web.admin.operations import ALL_ROLES, JSON, AdminRequest, NoQuery, Operation, Operations, reads
 from proxy.web.admin.problems import answer_problems
 from proxy.web.health import HEALTH_PATHS, Health
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, add_server_name, validate_request
+from proxy.web.middleware import LOG_LINE, Handler, add_server_name, validate_request
 from proxy.web.pages.files import SAFE_HEADERS, Page
 from proxy.web.request_log import RequestLog
 
@@ -49,7 +49,13 @@ class Admin:
         self._page = Page("admin", path=PAGE_PATH, files=PAGE_PATH.rstrip("/"))
         self._rows = [
             *operations,
-            reads("/openapi.json", self._document, "Show this OpenAPI document.", dict[str, object], roles=ALL_ROLES),
+            reads(
+                "/openapi.json",
+                self._document,
+                "Show this OpenAPI document.",
+                answer=dict[str, object],
+                roles=ALL_ROLES,
+            ),
         ]
         self._document_bytes = b""
 
@@ -78,9 +84,7 @@ class Admin:
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         address = client_address(request.remote, request.headers, self._settings.trusted_proxies)
-        line = self._request_log.begin(_shown(request), address=address, headers=request.headers)
-        request[LOG_LINE] = line
-        request[REQUEST_ID] = line.request_id
+        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=address, headers=request.headers)
         status = None
         try:
             response = await handler(request)
@@ -120,8 +124,8 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     """Add what every answer has. A streamed one is sent before its handler returns, so this is no middleware."""
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
-    if REQUEST_ID in request:
-        response.headers["x-request-id"] = request[REQUEST_ID]
+    if LOG_LINE in request:  # not if the library refuses the header Expect
+        response.headers["x-request-id"] = request[LOG_LINE].request_id
 
 
 def _shown(request: web.Request) -> str:

@@ -28,7 +28,6 @@ from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
 from proxy.ledger.store import StoreUnavailable
-from proxy.web.admin.directory import administration_of, visible_user
 from proxy.web.admin.operations import (
     ALL_ROLES,
     MANAGERS,
@@ -42,6 +41,7 @@ from proxy.web.admin.operations import (
     changes,
     reads,
 )
+from proxy.web.admin.resource import Resource
 
 _CLOCK_TOLERANCE_MS = 1_000
 
@@ -89,11 +89,8 @@ class ExplainQuery(Fields):
     model: str = Field(min_length=1, max_length=200)
 
 
-class Counters:
-    """Shows counters, refusals and calls in flight, resets counters, and ends calls.
-
-    `now` gives ms since 1970, by the ledger's clock.
-    """
+class Counters(Resource):
+    """Shows counters, refusals and calls in flight, resets counters, and ends calls."""
 
     def __init__(
         self,
@@ -103,10 +100,8 @@ class Counters:
         activity: Activity,
         now: Callable[[], int],
     ) -> None:
-        self._policies = policies
-        self._database = database
+        super().__init__(policies, database, now=now)
         self._activity = activity
-        self._now = now
 
     def operations(self) -> list[Operation]:
         """The rows."""
@@ -116,41 +111,20 @@ class Counters:
                 "/attention",
                 self._attention,
                 "Show who was refused, who is near a limit, and which pots run out.",
-                Attention,
                 **seen,
             ),
-            reads(
-                "/counters",
-                self._counters,
-                "List counters: what is used and left.",
-                Page[CounterRecord],
-                query=CounterQuery,
-                **seen,
-            ),
+            reads("/counters", self._counters, "List counters: what is used and left.", **seen),
             changes(
-                *("POST", "/counters/reset", self._reset, "Reset counters: what is used becomes 0.", Reset),
-                body=ResetFields,
-                roles=MANAGERS,
+                "POST", "/counters/reset", self._reset, "Reset counters: what is used becomes 0.", roles=MANAGERS
             ),
-            reads(
-                "/refusals",
-                self._refusals,
-                "List refusals by user, quota and minute.",
-                Page[RefusalCount],
-                query=RefusalQuery,
-                **seen,
-            ),
-            reads("/refusals/{request}", self._refusal, "Show why a request was refused.", ExplainedRefusal, **seen),
-            reads("/calls", self._calls, "List the calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
+            reads("/refusals", self._refusals, "List refusals by user, quota and minute.", **seen),
+            reads("/refusals/{request}", self._refusal, "Show why a request was refused.", **seen),
+            reads("/calls", self._calls, "List the calls in flight.", **seen),
             changes(
-                *("POST", "/calls/{id}/end", self._end_call, "End a call in flight. It is charged what has passed."),
-                CallInFlight,
+                "POST", "/calls/{id}/end", self._end_call, "End a call in flight. It is charged what has passed."
             ),
             reads(
-                *("/explain", self._explain, "Show whether a call of a user to a model is admitted, and why."),
-                Explanation,
-                query=ExplainQuery,
-                **seen,
+                "/explain", self._explain, "Show whether a call of a user to a model is admitted, and why.", **seen
             ),
         ]
 
@@ -179,10 +153,8 @@ class Counters:
         body = request.body
         user = None if body.user is None else (await self._user(request, body.user)).identity.subject
         target = ResetTarget(user, body.group, body.quota)
-        changes, began_at = request.changes(self._database, self._now), self._now()
-        done = await make_reset(
-            changes, self._policies.current.policy, target, groups=request.groups, reason=body.reason
-        )
+        policy, began_at = self._policies.current.policy, self._now()
+        done = await make_reset(self._changes(request), policy, target, groups=request.groups, reason=body.reason)
         if done.quotas and not request.conditions.is_trial:
             # This process's measure of the database's clock can be wrong by some milliseconds.
             await self._show_reset(target, request.groups, began_at - _CLOCK_TOLERANCE_MS)
@@ -211,8 +183,7 @@ class Counters:
         async with self._database.read() as connection:
             found = await refusal(connection, request.path["request"], groups=request.groups)
         try:
-            administration = administration_of(request, self._policies, self._database, self._now)
-            user = await visible_user(request, administration, UserId.of_subject(found.user))
+            user = await self._visible(request, UserId.of_subject(found.user))
         except NotFound:
             return ExplainedRefusal(found, None)
         return ExplainedRefusal(found, await self._explained(request, user, found.model))
@@ -226,7 +197,7 @@ class Counters:
 
     async def _end_call(self, request: AdminRequest[ChangeQuery, None]) -> CallInFlight:
         id = request.path["id"]
-        async with request.changes(self._database, self._now).begin("call.end", id) as change:
+        async with self._changes(request).begin("call.end", id) as change:
             return await end_call(change, id, groups=request.groups, now=self._now)
 
     async def _explain(self, request: AdminRequest[ExplainQuery, None]) -> Explanation:
@@ -239,10 +210,8 @@ class Counters:
         return found if request.groups is None else found.shown_to(request.groups)
 
     def _subject(self, request: AdminRequest[Any, Any], name: str) -> str:
-        administration = administration_of(request, self._policies, self._database, self._now)
-        return administration.resolve(name).subject
+        return self._directory(request).resolve(name).subject
 
     async def _user(self, request: AdminRequest[Any, Any], name: str) -> UserRecord:
         """The user of this name. Raises NotFound."""
-        administration = administration_of(request, self._policies, self._database, self._now)
-        return await visible_user(request, administration, administration.resolve(name))
+        return await self._visible(request, self._directory(request).resolve(name))

@@ -12,8 +12,10 @@ from proxy.web.admin.problems import CONTENT_TYPE, PROBLEMS, ProblemDetails
 
 _REFERENCE = "#/components/schemas/{model}"
 _PROBLEM = ("problem", "serialization")
+_IN_PATH = {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 # The problems that each operation may answer with; others depend on its row.
 _ALWAYS = ("bad-request", "wrong-host", "internal", "unavailable")
+_ETAGS = r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$'
 _WITH_KEY = ("unauthenticated", "forbidden", "too-many-failures")
 
 
@@ -67,7 +69,11 @@ def _operation(operation: Operation, schemas: Mapping[tuple[str, str], Any]) -> 
         "operationId": operation.id,
         "summary": operation.summary,
         "tags": [operation.path.split("/")[1]],
-        "parameters": [*_path_parameters(operation), *_query_parameters(operation.query), *_headers(operation)],
+        "parameters": [
+            *({"name": name, **_IN_PATH} for name in operation.parameters),
+            *_query_parameters(operation.query),
+            *_headers(operation),
+        ],
         "responses": _responses(operation, schemas),
     }
     if operation.roles:
@@ -79,11 +85,6 @@ def _operation(operation: Operation, schemas: Mapping[tuple[str, str], Any]) -> 
         is_required = any(field.is_required() for field in operation.body.model_fields.values())
         made["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": schema}}}
     return made
-
-
-def _path_parameters(operation: Operation) -> Iterable[dict[str, Any]]:
-    for name in operation.parameters:
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
 def _query_parameters(query: type[Fields]) -> Iterable[dict[str, Any]]:
@@ -98,20 +99,15 @@ def _query_parameters(query: type[Fields]) -> Iterable[dict[str, Any]]:
 def _headers(operation: Operation) -> Iterable[dict[str, Any]]:
     if operation.needs_match:
         text = "The ETag of the resource as it was read. `*` stands for any version."
-        yield _header(
-            "If-Match",
-            text,
-            required=not operation.may_create,
-            pattern=r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$',
-        )
+        yield _header("If-Match", text, _ETAGS, required=not operation.may_create)
     if operation.may_create:
-        yield _header("If-None-Match", "There must be no such resource yet.", required=False, pattern=r"^\*$")
+        yield _header("If-None-Match", "There must be no such resource yet.", r"^\*$")
     if operation.is_repeatable:
         text = "Makes a repeated request with the same value do nothing again."
-        yield _header("Idempotency-Key", text, required=False, pattern="^[!-~]{1,255}$")
+        yield _header("Idempotency-Key", text, "^[!-~]{1,255}$")
 
 
-def _header(name: str, text: str, *, required: bool, pattern: str) -> dict[str, Any]:
+def _header(name: str, text: str, pattern: str, *, required: bool = False) -> dict[str, Any]:
     schema = {"type": "string", "pattern": pattern}
     return {"name": name, "in": "header", "required": required, "description": text, "schema": schema}
 
@@ -149,7 +145,4 @@ def _problems_of(operation: Operation) -> Iterable[str]:
 
 def _problem(code: str, schemas: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
     status, title = PROBLEMS[code]
-    return {
-        "description": f"{status}: {title}.",
-        "content": {CONTENT_TYPE: {"schema": schemas[_PROBLEM]}},
-    }
+    return {"description": f"{status}: {title}.", "content": {CONTENT_TYPE: {"schema": schemas[_PROBLEM]}}}

@@ -6,15 +6,17 @@ returns the rows:
     class Widgets:
         def operations(self) -> list[Operation]:
             return [
-                reads("/widgets", self._list, "List the widgets.", Page[Widget], query=WidgetQuery),
-                changes("PUT", "/widgets/{id}", self._set, "Change a widget.", Widget, body=Change, needs_match=True),
+                reads("/widgets", self._list, "List the widgets."),
+                edits("PUT", "/widgets/{id}", self._set, "Change a widget."),
             ]
 
         async def _list(self, request: AdminRequest[WidgetQuery, None]) -> Page[Widget]: ...
+        async def _set(self, request: AdminRequest[ChangeQuery, Change]) -> Answer[Widget]: ...
 
-The row says who may do it (`roles`), and from it come the checks of path, query, body and headers, the answer's JSON,
-and the OpenAPI document. A handler returns a value of the row's `answer` type, an `Answer` with headers beside it, or
-a response that it has written itself. It raises what `administration` raises, and `Problem`.
+The row says who may do it (`roles`), and the handler's annotations what the query, the body and the answer are. From
+them come the checks of path, query, body and headers, the answer's JSON, and the OpenAPI document. A handler returns
+a value of its type, or an `Answer` with headers beside it; if it writes a response itself, the row has the type. It
+raises what `administration` raises, and `Problem`.
 """
 
 import hashlib
@@ -22,24 +24,24 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import orjson
 from aiohttp import hdrs, web
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from proxy.administration.change import Author, Changes, Conditions
+from proxy.administration.change import Author, Conditions
 from proxy.administration.pages import LIMIT, LIMIT_MAX, Paging
 from proxy.config.loader import ConnectionLimits
 from proxy.formats.strict_json import parse_object, refuse_equal_keys
-from proxy.identity.database import DirectoryDatabase
 from proxy.identity.keys import NewKey
 from proxy.policy.admin import Admin, Role
 from proxy.web.admin.access import Access, Login
 from proxy.web.admin.problems import Problem, invalid, method_not_allowed
 from proxy.web.body import defer_continue, read_body
 from proxy.web.body_memory import REQUEST_BYTES_MAX, BodyMemory, BodyShare
-from proxy.web.middleware import LOG_LINE, REQUEST_ID
+from proxy.web.middleware import LOG_LINE
 
 API = "/admin/api"
 BODY_BYTES_MAX = 2**20
@@ -63,6 +65,7 @@ Instant = Annotated[int, Field(ge=0, le=253_402_300_799_999, json_schema_extra={
 
 Q = TypeVar("Q")
 B = TypeVar("B")
+A = TypeVar("A")
 
 
 class Fields(BaseModel):
@@ -101,23 +104,18 @@ class AdminRequest(Generic[Q, B]):
     None: all. `raw` is the server library's request, for handlers that read or write it themselves.
     """
 
-    admin: Admin
+    login: Login
     path: Mapping[str, str]
     query: Q
     body: B
     author: Author
     conditions: Conditions
     raw: web.Request
-    login: Login
-
-    def changes(self, database: DirectoryDatabase, now: Callable[[], int]) -> Changes:
-        """What makes the changes of this request. `now` gives ms since 1970."""
-        return Changes(database, self.author, now, self.conditions)
 
     @property
     def groups(self) -> Collection[str] | None:
         """The groups to which the answer is to be restricted; None: all."""
-        return self.admin.restricted_to
+        return self.login.admin.restricted_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +132,10 @@ class NewKeyAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A value of the operation's answer type, with the entity tag of the resource, or further headers, beside it."""
+class Answer(Generic[A]):
+    """A value with the entity tag of the resource, or further headers, beside it."""
 
-    value: Any
+    value: A
     etag: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -193,24 +191,41 @@ class Operation:
         return "_".join([self.method.lower(), *words])
 
 
-def reads(
-    path: str, handler: Handler, summary: str, answer: Any, *, query: type[Fields] = NoQuery, **more: Any
-) -> Operation:
+def reads(path: str, handler: Handler, summary: str, **more: Any) -> Operation:
     """The row of a GET. Viewers and administrators may do it unless `roles` says otherwise."""
-    return Operation(method="GET", path=path, handler=handler, summary=summary, answer=answer, query=query, **more)
+    given = {**_annotated(handler), **more}
+    return Operation(method="GET", path=path, handler=handler, summary=summary, **given)
 
 
 def changes(
-    method: Literal["POST", "PUT", "PATCH", "DELETE"],
-    path: str,
-    handler: Handler,
-    summary: str,
-    answer: Any,
-    **more: Any,
+    method: Literal["POST", "PUT", "PATCH", "DELETE"], path: str, handler: Handler, summary: str, **more: Any
 ) -> Operation:
     """The row of a change. Only administrators may do it unless `roles` says otherwise."""
-    given: dict[str, Any] = {"roles": ADMINISTRATORS, "query": ChangeQuery, "is_change": True, **more}
-    return Operation(method=method, path=path, handler=handler, summary=summary, answer=answer, **given)
+    given = {"roles": ADMINISTRATORS, "is_change": True, **_annotated(handler), **more}
+    return Operation(method=method, path=path, handler=handler, summary=summary, **given)
+
+
+def creates(path: str, handler: Handler, summary: str, **more: Any) -> Operation:
+    """The row of a POST that makes a resource. It can be repeated."""
+    return changes("POST", path, handler, summary, status=201, is_repeatable=True, **more)
+
+
+def edits(
+    method: Literal["POST", "PUT", "PATCH", "DELETE"], path: str, handler: Handler, summary: str, **more: Any
+) -> Operation:
+    """The row of a change of a resource that is there, which `If-Match` has to name as it was read."""
+    return changes(method, path, handler, summary, needs_match=True, **more)
+
+
+def _annotated(handler: Handler) -> dict[str, Any]:
+    """The types of the query, the body and the answer of a handler."""
+    hints = get_type_hints(handler)
+    query, body = get_args(hints["request"])
+    answer = hints["return"]
+    if get_origin(answer) is Answer:
+        [answer] = get_args(answer)
+    types = {"query": query, "body": body, "answer": answer}
+    return {name: None if type is NoneType else type for name, type in types.items()}
 
 
 class Operations:
@@ -264,16 +279,9 @@ class Operations:
             raise Problem("bad-request", "This operation takes no body.")
         if conditions.idempotency_key is not None:
             conditions = _with_fingerprint(conditions, request, body)
-        asked = AdminRequest(
-            admin=login.admin,
-            path=dict(request.match_info),
-            query=query,
-            body=body,
-            author=Author(f"admin:{login.admin.name}", request[LOG_LINE].address, request[REQUEST_ID]),
-            conditions=conditions,
-            raw=request,
-            login=login,
-        )
+        line = request[LOG_LINE]
+        author = Author(f"admin:{login.admin.name}", line.address, line.request_id)
+        asked = AdminRequest(login, dict(request.match_info), query, body, author, conditions, request)
         result = await operation.handler(asked)
         if operation.is_change and not conditions.is_trial:
             await self._after_change()
@@ -284,7 +292,7 @@ class Operations:
         if not operation.roles:
             return _NOBODY
         login = await self._access.identify(request)
-        if login.is_session and operation.method != hdrs.METH_GET:
+        if login.expires_at is not None and operation.method != hdrs.METH_GET:
             self._access.check_same_origin(request)
         if login.admin.role not in operation.roles:
             raise Problem("forbidden", f"A {login.admin.role} may not do this: ask an administrator.")
@@ -297,7 +305,7 @@ class Operations:
         elif request.content_type != JSON:
             raise Problem("unsupported-type", f"Send the body as JSON, with Content-Type: {JSON}.")
         else:
-            share = BodyShare(self._memory, admin.name, _nothing)
+            share = BodyShare(self._memory, admin.name, None)
             try:
                 data = await read_body(request, self._limits, share, bytes_max=operation.body_bytes_max)
             finally:
@@ -316,9 +324,7 @@ class Operations:
         if isinstance(result, web.StreamResponse):
             return result
         answer = result if isinstance(result, Answer) else Answer(result)
-        headers = dict(answer.headers)
-        if answer.etag is not None:
-            headers["etag"] = answer.etag
+        headers = {**answer.headers, **({} if answer.etag is None else {"etag": answer.etag})}
         if operation.answer is None:
             return web.Response(status=operation.status, headers=headers)
         body = self._adapters[operation.id].dump_json(answer.value)
@@ -327,10 +333,6 @@ class Operations:
 
 # Who asks for an operation that needs no key.
 _NOBODY = Login(Admin("", "viewer"))
-
-
-async def _nothing() -> None:
-    pass
 
 
 def _query_of(operation: Operation, request: web.Request) -> Fields:

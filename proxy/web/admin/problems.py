@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from proxy.administration.change import ChangeRefused, Conflict, NotFound, PreconditionFailed
 from proxy.errors import InvalidKey, ProxyError, Unavailable, drop_frames
 from proxy.ledger.store import StoreRefused, StoreUnavailable
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler
+from proxy.web.middleware import LOG_LINE, Handler
 
 # Problems have paths below this one as their types. They are names and are not served.
 TYPES = "/admin/api/problems/"
@@ -46,8 +46,12 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "unavailable": (503, "The database can't be reached"),
     "too-many-streams": (503, "Too many streams of events are open"),
 }
+# The problems for changes that are refused. Of all others, a field is wrong.
+_BY_REFUSAL = {NotFound: "not-found", Conflict: "conflict", PreconditionFailed: "precondition-failed"}
 # The problems for other errors of the proxy, which know only their status.
 _BY_STATUS = {400: "bad-request", 404: "not-found", 408: "timeout", 413: "too-large", 415: "unsupported-type"}
+# What is said instead of pydantic's text.
+_MESSAGES = {"extra_forbidden": "there is no such field", "missing": "this is missing"}
 _ERRORS_MAX = 20
 _NAME_MAX = 100
 _RETRY_AFTER_S = 5
@@ -112,19 +116,22 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except Exception as error:
+        line = request[LOG_LINE]
         if request.writer.output_size > 0:  # a stream has begun, so there can't be another answer: it is cut off
-            log.error("an answer was cut off", exc_info=error, request=request.get(REQUEST_ID))
+            log.error("an answer was cut off", exc_info=error, request=line.request_id)
             raise
         problem = problem_of(error)
         if problem.code == "internal":
-            log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
-        response = _response(problem, request)
+            log.error("a request failed", exc_info=error, request=line.request_id)
+        response = web.Response(
+            status=problem.status,
+            headers={**problem.headers, "content-type": CONTENT_TYPE},
+            body=orjson.dumps(problem.details(line.request_id)),
+        )
         # As `middleware.response_to` does: it is unknown where the next request begins.
         if (isinstance(error, ProxyError) and error.closes) or hdrs.EXPECT in request.headers:
             response.force_close()
-        line = request.get(LOG_LINE)
-        if line is not None:
-            line.error = error if isinstance(error, InvalidKey) else problem  # which has the reason for the log
+        line.error = error if isinstance(error, InvalidKey) else problem  # which has the reason for the log
         drop_frames(error)
         return response
 
@@ -135,7 +142,7 @@ def problem_of(error: Exception) -> Problem:
         case Problem():
             return error
         case ChangeRefused():
-            return Problem(_code_of(error), _sentence(str(error)), field=error.field)
+            return Problem(_BY_REFUSAL.get(type(error), "validation"), _sentence(str(error)), field=error.field)
         case ValidationError():
             return invalid("validation", error)
         case StoreRefused():
@@ -177,31 +184,11 @@ def _field_errors(error: ValidationError) -> Iterator[FieldError]:
 
 
 def _text(detail: ErrorDetails) -> str:
-    context = detail.get("ctx", {})
     if detail["type"] == "value_error":  # of one of our own rules
-        return str(context["error"])
-    return {
-        "extra_forbidden": "there is no such field",
-        "missing": "this is missing",
-    }.get(detail["type"], detail["msg"])
-
-
-def _code_of(error: ChangeRefused) -> str:
-    match error:
-        case NotFound():
-            return "not-found"
-        case Conflict():
-            return "conflict"
-        case PreconditionFailed():
-            return "precondition-failed"
-    return "validation"
+        return str(detail["ctx"]["error"])
+    return _MESSAGES.get(detail["type"], detail["msg"])
 
 
 def _sentence(text: str) -> str:
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _response(problem: Problem, request: web.Request) -> web.Response:
-    body = orjson.dumps(problem.details(request.get(REQUEST_ID, "")))
-    return web.Response(status=problem.status, headers={**problem.headers, "content-type": CONTENT_TYPE}, body=body)

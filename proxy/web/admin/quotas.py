@@ -4,25 +4,22 @@ The fields of a quota are made from the model of the file, so a new kind of limi
 checked by the code that checks the file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from aiohttp import hdrs
 from pydantic import Field, WithJsonSchema, create_model
 
 from proxy.administration.change import ChangeRefused, NotFound
-from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.effects import Effects
 from proxy.administration.grants import GrantAdministration, GrantRecord, NewGrant
 from proxy.administration.pages import Page
 from proxy.administration.policy import GroupRecord, ModelQuota, PolicyAdministration, QuotaRecord, QuotaSet
 from proxy.config.json_schema import field_schemas
-from proxy.config.reload import Policies
 from proxy.config.schema import Quota as QuotaSection
-from proxy.identity.authentication import Snapshot
-from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import DATABASE, FILE
-from proxy.web.admin.directory import UserAnswer, administration_of, visible_user
+from proxy.web.admin.directory import UserAnswer
 from proxy.web.admin.operations import (
     ALL_ROLES,
     MANAGERS,
@@ -35,9 +32,12 @@ from proxy.web.admin.operations import (
     Operation,
     PageQuery,
     changes,
+    creates,
+    edits,
     reads,
 )
 from proxy.web.admin.problems import Problem
+from proxy.web.admin.resource import Resource
 
 
 def _quota_fields() -> dict[str, Any]:
@@ -179,128 +179,71 @@ class EffectsAnswer:
     effects: Effects
 
 
-class Quotas:
-    """The groups, quotas and grants. `now` gives ms since 1970."""
-
-    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
-        self._policies = policies
-        self._database = database
-        self._now = now
+class Quotas(Resource):
+    """The groups, quotas and grants."""
 
     def operations(self) -> list[Operation]:
         """The rows."""
-        return [*self._group_operations(), *self._quota_operations(), *self._grant_operations()]
-
-    def _group_operations(self) -> list[Operation]:
-        one, member = "/groups/{group}", "/groups/{group}/members/{user}"
-        edited: dict[str, Any] = {"needs_match": True}
+        group, quota, grant = "/groups/{group}", "/groups/{group}/quotas/{name}", "/grants/{id}"
+        quotas, member = f"{group}/quotas", f"{group}/members/{{user}}"
+        seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads(
-                "/groups",
-                self._groups,
-                "List the groups, in the order in which they admit calls.",
-                GroupList,
-                roles=ALL_ROLES,
-            ),
-            changes(
-                *("POST", "/groups", self._create_group, "Make a group, behind the others.", GroupAnswer),
-                body=NewGroup,
-                status=201,
-                is_repeatable=True,
-            ),
-            changes(
-                "PUT",
-                "/groups",
-                self._order,
-                "Set the order of the groups that were made at run time.",
-                GroupListAnswer,
-                body=GroupOrder,
-                **edited,
-            ),
-            reads(one, self._group, "Show a group.", GroupRecord, roles=ALL_ROLES),
-            changes("PUT", one, self._set_group, "Change a group.", GroupAnswer, body=GroupFields, **edited),
-            changes("DELETE", one, self._delete_group, "Delete a group with its quotas.", EffectsAnswer, **edited),
-            reads(
-                *(f"{one}/members", self._members, "List the members of a group.", Page[UserAnswer]),
-                query=PageQuery,
-                roles=ALL_ROLES,
-            ),
-            changes("PUT", member, self._add_member, "Put a user into a group.", UserAnswer),
-            changes("DELETE", member, self._remove_member, "Take a user out of a group.", UserAnswer),
-        ]
-
-    def _quota_operations(self) -> list[Operation]:
-        of_group, one = "/groups/{group}/quotas", "/groups/{group}/quotas/{name}"
-        edited: dict[str, Any] = {"needs_match": True}
-        return [
-            reads("/quotas", self._quotas, "List the quotas.", QuotaList, query=QuotaQuery, roles=ALL_ROLES),
-            changes(
+            reads("/groups", self._groups, "List the groups, in the order in which they admit calls.", **seen),
+            creates("/groups", self._create_group, "Make a group, behind the others."),
+            edits("PUT", "/groups", self._order, "Set the order of the groups that were made at run time."),
+            reads(group, self._group, "Show a group.", **seen),
+            edits("PUT", group, self._set_group, "Change a group."),
+            edits("DELETE", group, self._delete_group, "Delete a group with its quotas."),
+            reads(f"{group}/members", self._members, "List the members of a group.", **seen),
+            changes("PUT", member, self._set_member, "Put a user into a group."),
+            changes("DELETE", member, self._set_member, "Take a user out of a group."),
+            reads("/quotas", self._quotas, "List the quotas.", **seen),
+            edits(
                 *("PUT", "/quotas", self._set_model, "Replace the quotas for one model, in all groups."),
-                QuotaSetAnswer,
                 body=ModelQuotaFields,
-                **edited,
             ),
-            reads(of_group, self._of_group, "List the quotas of a group.", QuotaList, roles=ALL_ROLES),
-            changes(
-                *("PUT", of_group, self._set_all, "Replace all quotas of a group.", QuotaSetAnswer),
-                body=QuotaSetFields,
-                **edited,
-            ),
-            reads(one, self._quota, "Show a quota.", QuotaRecord, roles=ALL_ROLES),
-            changes(
-                *("PUT", one, self._set, "Make or change a quota. Its usage stays.", QuotaAnswer),
+            reads(quotas, self._of_group, "List the quotas of a group.", **seen),
+            edits("PUT", quotas, self._set_all, "Replace all quotas of a group.", body=QuotaSetFields),
+            reads(quota, self._quota, "Show a quota.", **seen),
+            edits(
+                *("PUT", quota, self._set, "Make or change a quota. Its usage stays."),
                 body=QuotaFields,
                 may_create=True,
-                **edited,
             ),
-            changes("DELETE", one, self._delete, "Delete a quota.", EffectsAnswer, **edited),
-        ]
-
-    def _grant_operations(self) -> list[Operation]:
-        return [
-            reads("/grants", self._grants, "List grants.", Page[GrantRecord], query=GrantQuery, roles=ALL_ROLES),
-            changes(
-                *("POST", "/grants", self._create_grant, "Grant more of a quota, until an instant.", GrantRecord),
-                body=NewGrantFields,
-                status=201,
-                is_repeatable=True,
-                roles=MANAGERS,
-            ),
-            reads("/grants/{id}", self._grant, "Show a grant.", GrantRecord, roles=ALL_ROLES),
-            changes("DELETE", "/grants/{id}", self._end_grant, "End a grant now.", GrantRecord, roles=MANAGERS),
+            edits("DELETE", quota, self._delete, "Delete a quota."),
+            reads("/grants", self._grants, "List grants.", **seen),
+            creates("/grants", self._create_grant, "Grant more of a quota, until an instant.", roles=MANAGERS),
+            reads(grant, self._grant, "Show a grant.", **seen),
+            changes("DELETE", grant, self._end_grant, "End a grant now.", roles=MANAGERS),
         ]
 
     def _policy(self, request: AdminRequest[Any, Any]) -> PolicyAdministration:
-        return PolicyAdministration(request.changes(self._database, self._now), self._policies.file)
-
-    def _directory(self, request: AdminRequest[Any, Any]) -> DirectoryAdministration:
-        return administration_of(request, self._policies, self._database, self._now)
+        return PolicyAdministration(self._changes(request), self._policies.file)
 
     def _granting(self, request: AdminRequest[Any, Any]) -> GrantAdministration:
-        admin = request.admin
+        admin = request.login.admin
         up_to = admin.grant_up_to if admin.role == "manager" else None
-        changes = request.changes(self._database, self._now)
-        return GrantAdministration(changes, self._policies.config, up_to, request.groups)
+        return GrantAdministration(self._changes(request), self._policies.config, up_to, request.groups)
 
     # Groups
 
-    async def _groups(self, request: AdminRequest[NoQuery, None]) -> Answer:
+    async def _groups(self, request: AdminRequest[NoQuery, None]) -> Answer[GroupList]:
         records = await self._policy(request).groups()
         shown = tuple(each for each in records if _sees(request, each.name))
         return Answer(GroupList(shown), etag=PolicyAdministration.order_etag(records))
 
-    async def _group(self, request: AdminRequest[NoQuery, None]) -> Answer:
+    async def _group(self, request: AdminRequest[NoQuery, None]) -> Answer[GroupRecord]:
         record = await self._policy(request).group(_group_of(request))
         return Answer(record, etag=record.etag)
 
-    async def _create_group(self, request: AdminRequest[ChangeQuery, NewGroup]) -> Answer:
+    async def _create_group(self, request: AdminRequest[ChangeQuery, NewGroup]) -> Answer[GroupAnswer]:
         body = request.body
         record, effects = await self._policy(request).create_group(
             body.name, models=body.models, unlimited=body.unlimited
         )
         return Answer(GroupAnswer(record, effects), etag=record.etag)
 
-    async def _set_group(self, request: AdminRequest[ChangeQuery, GroupFields]) -> Answer:
+    async def _set_group(self, request: AdminRequest[ChangeQuery, GroupFields]) -> Answer[GroupAnswer]:
         body = request.body
         record, effects = await self._policy(request).set_group(
             _group_of(request), models=body.models, unlimited=body.unlimited
@@ -310,40 +253,33 @@ class Quotas:
     async def _delete_group(self, request: AdminRequest[ChangeQuery, None]) -> EffectsAnswer:
         return EffectsAnswer(await self._policy(request).delete_group(_group_of(request)))
 
-    async def _order(self, request: AdminRequest[ChangeQuery, GroupOrder]) -> Answer:
+    async def _order(self, request: AdminRequest[ChangeQuery, GroupOrder]) -> Answer[GroupListAnswer]:
         records, effects = await self._policy(request).order_groups(request.body.names)
         return Answer(GroupListAnswer(records, effects), etag=PolicyAdministration.order_etag(records))
 
     async def _members(self, request: AdminRequest[PageQuery, None]) -> Page[UserAnswer]:
         page = await self._directory(request).users(request.query.paging, group=_group_of(request))
-        return Page(tuple(UserAnswer(**record.as_json()) for record in page.data), page.next)
+        return Page(tuple(map(UserAnswer.of, page.data)), page.next)
 
-    async def _add_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
-        return await self._set_member(request, is_member=True)
-
-    async def _remove_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
-        return await self._set_member(request, is_member=False)
-
-    async def _set_member(self, request: AdminRequest[ChangeQuery, None], *, is_member: bool) -> UserAnswer:
-        directory = self._directory(request)
-        user = directory.resolve(request.path["user"])
-        record = await directory.set_member(request.path["group"], user, is_member=is_member)
-        return UserAnswer(**record.as_json())
+    async def _set_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
+        directory, user = self._user_of(request)
+        is_member = request.raw.method == hdrs.METH_PUT  # else DELETE
+        return UserAnswer.of(await directory.set_member(request.path["group"], user, is_member=is_member))
 
     # Quotas
 
-    async def _quotas(self, request: AdminRequest[QuotaQuery, None]) -> Answer:
+    async def _quotas(self, request: AdminRequest[QuotaQuery, None]) -> Answer[QuotaList]:
         query = request.query
         return _list(request, await self._policy(request).quotas(group=query.group, model=query.model))
 
-    async def _of_group(self, request: AdminRequest[NoQuery, None]) -> Answer:
+    async def _of_group(self, request: AdminRequest[NoQuery, None]) -> Answer[QuotaList]:
         return _list(request, await self._policy(request).quotas(group=_group_of(request)))
 
-    async def _quota(self, request: AdminRequest[NoQuery, None]) -> Answer:
+    async def _quota(self, request: AdminRequest[NoQuery, None]) -> Answer[QuotaRecord]:
         record = await self._policy(request).quota(_group_of(request), request.path["name"])
         return Answer(record, etag=record.etag)
 
-    async def _set(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+    async def _set(self, request: AdminRequest[ChangeQuery, Any]) -> Answer[QuotaAnswer]:
         record, effects, sentence = await self._policy(request).set_quota(
             request.path["group"], request.path["name"], _given(request.body)
         )
@@ -352,7 +288,7 @@ class Quotas:
     async def _delete(self, request: AdminRequest[ChangeQuery, None]) -> EffectsAnswer:
         return EffectsAnswer(await self._policy(request).delete_quota(request.path["group"], request.path["name"]))
 
-    async def _set_all(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+    async def _set_all(self, request: AdminRequest[ChangeQuery, Any]) -> Answer[QuotaSetAnswer]:
         wanted: dict[str, Mapping[str, object]] = {}
         for number, each in enumerate(request.body.quotas):
             if each.name in wanted:
@@ -362,7 +298,7 @@ class Quotas:
         found, effects, sentences = await self._policy(request).set_quotas(request.path["group"], wanted)
         return Answer(QuotaSetAnswer(found.data, effects, tuple(sentences)), etag=found.etag)
 
-    async def _set_model(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+    async def _set_model(self, request: AdminRequest[ChangeQuery, Any]) -> Answer[QuotaSetAnswer]:
         body = request.body
         wanted = [ModelQuota(each.group, _given(each, "group", "name"), each.name) for each in body.quotas]
         found, effects, sentences = await self._policy(request).set_model_quotas(body.model, wanted)
@@ -372,12 +308,8 @@ class Quotas:
 
     async def _grants(self, request: AdminRequest[GrantQuery, None]) -> Page[GrantRecord]:
         query = request.query
-        return await self._granting(request).grants(
-            quota=query.quota,
-            user=query.user,
-            ended=query.ended,
-            paging=query.paging,
-        )
+        granting = self._granting(request)
+        return await granting.grants(quota=query.quota, user=query.user, ended=query.ended, paging=query.paging)
 
     async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:
         return await self._granting(request).grant(request.path["id"])
@@ -388,12 +320,10 @@ class Quotas:
         if user is not None:
             directory = self._directory(request)
             identity = directory.resolve(user)
-            if identity.source in (FILE, DATABASE):
-                identity = (await visible_user(request, directory, identity)).identity
-            else:
-                # The groups that a header source sends come with each request, so anyone may be a member.
-                identity = (await directory.user(identity)).identity
-            user = identity.subject
+            # The groups that a header source sends come with each request, so anyone may be a member.
+            is_listed = identity.source in (FILE, DATABASE)
+            found = await (self._visible(request, identity) if is_listed else directory.user(identity))
+            user = found.identity.subject
         return await self._granting(request).create(
             NewGrant(body.quota, user, body.measure, body.amount, body.until, body.reason)
         )
@@ -417,7 +347,7 @@ def _group_of(request: AdminRequest[Any, Any]) -> str:
     return name
 
 
-def _list(request: AdminRequest[Any, Any], found: QuotaSet) -> Answer:
+def _list(request: AdminRequest[Any, Any], found: QuotaSet) -> Answer[QuotaList]:
     shown = tuple(each for each in found.data if _sees(request, each.group))
     return Answer(QuotaList(shown), etag=found.etag)
 

@@ -24,7 +24,6 @@ from proxy.ledger.store import StoreUnavailable
 from proxy.policy.catalog import Model
 from proxy.web.admin.access import Access
 from proxy.web.admin.operations import (
-    ADMINISTRATORS,
     ALL_ROLES,
     JSON,
     AdminRequest,
@@ -38,6 +37,7 @@ from proxy.web.admin.operations import (
 )
 from proxy.web.admin.policy_check import PolicyCheck, check_policy
 from proxy.web.admin.problems import Problem
+from proxy.web.admin.resource import Resource
 from proxy.web.events import Events, Filter
 
 _CSV = "text/csv; charset=utf-8"
@@ -212,8 +212,8 @@ class PolicyRecord:
 _USAGE = TypeAdapter(Usage)
 
 
-class Reports:
-    """The reports. `made_version` gives that of what is in force here, and `now` ms since 1970, by the ledger."""
+class Reports(Resource):
+    """The reports. `made_version` gives that of what is in force here."""
 
     def __init__(
         self,
@@ -225,43 +225,35 @@ class Reports:
         made_version: Callable[[], int],
         now: Callable[[], int],
     ) -> None:
-        self._policies = policies
-        self._database = database
+        super().__init__(policies, database, now=now)
         self._access = access
         self._events = events
         self._made_version = made_version
-        self._now = now
         self._checking = asyncio.Lock()
 
     def operations(self) -> list[Operation]:
         """The rows."""
-        seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/usage", self._usage, "Show what was used.", Usage, query=UsageQuery, has_csv=True, **seen),
-            reads("/models", self._models, "List the models of the file.", ModelList),
-            reads(
-                "/upstreams", self._upstreams, "List the upstreams, with cooldowns and last failures.", UpstreamList
-            ),
-            reads("/replicas", self._replicas, "List the processes that share the database.", ReplicaList),
-            reads("/policy", self._policy, "Show the policy in force, without secrets.", PolicyRecord),
+            reads("/usage", self._usage, "Show what was used.", answer=Usage, has_csv=True, roles=ALL_ROLES),
+            reads("/models", self._models, "List the models of the file."),
+            reads("/upstreams", self._upstreams, "List the upstreams, with cooldowns and last failures."),
+            reads("/replicas", self._replicas, "List the processes that share the database."),
+            reads("/policy", self._policy, "Show the policy in force, without secrets."),
             changes(
                 *("POST", "/policy/check", self._check, "Show what a file would change. Nothing is changed."),
-                PolicyCheck,
-                body=PolicyText,
-                roles=ADMINISTRATORS,
-                query=NoQuery,
                 is_change=False,
             ),
             reads(
-                *("/audit", self._audit, "List changes by administrators, the newest first.", Page[AuditRecord]),
-                query=AuditQuery,
+                *("/audit", self._audit, "List changes by administrators, the newest first."),
+                answer=Page[AuditRecord],
                 has_csv=True,
-                **seen,
+                roles=ALL_ROLES,
             ),
             reads(
-                *("/events", self._stream, "Follow what happens, as server-sent events; Last-Event-ID resumes.", str),
+                *("/events", self._stream, "Follow what happens, as server-sent events; Last-Event-ID resumes."),
+                answer=str,
                 content_type=_EVENTS,
-                **seen,
+                roles=ALL_ROLES,
             ),
         ]
 
@@ -332,25 +324,24 @@ class Reports:
         asked = AuditFilter(query.since, query.until, query.actor, query.target, query.action, request.groups)
         if query.format == "csv":
             return await self._exported(request.raw, asked)
-        async with self._database.read() as connection:
-            return await audit(connection, asked, query.paging)
+        return await self._audited(asked, query.paging)
 
     async def _exported(self, request: web.Request, asked: AuditFilter) -> web.StreamResponse:
         """All changes as CSV, page by page, so that no long transaction is needed."""
         # The first page is read before the answer begins, because what is wrong with the request shows there.
-        page = await self._changes(asked, None)
+        page = await self._audited(asked, Paging(limit=_EXPORTED_AT_ONCE))
         response = web.StreamResponse(headers={"content-type": _CSV})
         await response.prepare(request)
         await response.write(_csv_text(COLUMNS, map(cells, page.data)))
         while page.next is not None:
-            page = await self._changes(asked, page.next)
+            page = await self._audited(asked, Paging(page.next, _EXPORTED_AT_ONCE))
             await response.write(_csv_text((), map(cells, page.data)))
         await response.write_eof()
         return response
 
-    async def _changes(self, asked: AuditFilter, after: str | None) -> Page[AuditRecord]:
+    async def _audited(self, asked: AuditFilter, paging: Paging) -> Page[AuditRecord]:
         async with self._database.read() as connection:
-            return await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
+            return await audit(connection, asked, paging)
 
     async def _stream(self, request: AdminRequest[NoQuery, None]) -> web.StreamResponse:
         async def sees() -> Filter | None:
@@ -360,11 +351,11 @@ class Reports:
             except (InvalidKey, Problem):
                 return None
             except StoreUnavailable:
-                return _filter(request.groups)
-            return _filter(login.admin.restricted_to)
+                return Filter.of_groups(request.groups)
+            return Filter.of_groups(login.admin.restricted_to)
 
         try:
-            return await self._events.stream(request.raw, _filter(request.groups), check=sees)
+            return await self._events.stream(request.raw, Filter.of_groups(request.groups), check=sees)
         except TooManyStreams as error:
             raise Problem("too-many-streams", error.message, headers=error.headers) from None
 
@@ -373,13 +364,10 @@ def _usage_answer(query: UsageQuery, since: int, found: Mapping[str | int, Used]
     chosen = sorted(found.items(), key=_SORTED_BY[query.sort])[: query.limit]
     rows = [UsageRow(_shown(value, query.by), **asdict(used)) for value, used in chosen]
     if query.format == "csv":
-        return _csv((query.by, *_USED), [list(asdict(row).values()) for row in rows])
+        body = _csv_text((query.by, *_USED), [list(asdict(row).values()) for row in rows])
+        return web.Response(headers={"content-type": _CSV}, body=body)
     body = _USAGE.dump_json(Usage(query.by, since, tuple(rows)))
     return web.Response(headers={"content-type": JSON}, body=body)
-
-
-def _filter(groups: Any) -> Filter:
-    return Filter() if groups is None else Filter.of_groups(groups)
 
 
 def _model(name: str, model: Model) -> ModelRecord:
@@ -416,10 +404,6 @@ def _shown(value: str | int, by: Dimension) -> str:
         return value
     form = "%Y-%m-%dT%H:00Z" if by == "hour" else "%Y-%m-%d"
     return datetime.fromtimestamp(value / 1000, UTC).strftime(form)
-
-
-def _csv(heads: tuple[str, ...], rows: list[list[object]]) -> web.Response:
-    return web.Response(headers={"content-type": _CSV}, body=_csv_text(heads, rows))
 
 
 def _csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from aiohttp import web
 from pydantic import Field
@@ -74,41 +73,25 @@ class Sessions:
         """The rows."""
         path = "/session"
         return [
-            reads(path, self._show, "Show who is asking.", SessionAnswer, roles=ALL_ROLES),
+            reads(path, self._show, "Show who is asking.", roles=ALL_ROLES),
             changes(
-                "POST",
-                path,
-                self._begin,
-                "Log in with an admin key. The answer sets a cookie.",
-                SessionAnswer,
+                *("POST", path, self._begin, "Log in with an admin key. The answer sets a cookie."),
                 roles=ANYBODY,
-                query=NoQuery,
-                body=Credentials,
                 body_bytes_max=_BODY_BYTES_MAX,
                 status=201,
                 is_change=False,
             ),
-            changes(
-                "DELETE",
-                path,
-                self._end,
-                "Log out.",
-                None,
-                roles=ALL_ROLES,
-                query=NoQuery,
-                status=204,
-                is_change=False,
-            ),
+            changes("DELETE", path, self._end, "Log out.", roles=ALL_ROLES, status=204, is_change=False),
         ]
 
     async def _show(self, request: AdminRequest[NoQuery, None]) -> SessionAnswer:
         return self._answer(request.login, request.raw)
 
-    async def _begin(self, request: AdminRequest[NoQuery, Credentials]) -> Answer:
-        new = await self._access.log_in(request.raw, request.body.key)
-        return Answer(self._answer(new.login, request.raw), headers={"set-cookie": new.cookie})
+    async def _begin(self, request: AdminRequest[NoQuery, Credentials]) -> Answer[SessionAnswer]:
+        login, cookie = await self._access.log_in(request.raw, request.body.key)
+        return Answer(self._answer(login, request.raw), headers={"set-cookie": cookie})
 
-    async def _end(self, request: AdminRequest[NoQuery, Any]) -> Answer:
+    async def _end(self, request: AdminRequest[NoQuery, None]) -> Answer[None]:
         return Answer(None, headers={"set-cookie": await self._access.log_out(request.raw)})
 
     def _answer(self, login: Login, request: web.Request) -> SessionAnswer:
